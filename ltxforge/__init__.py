@@ -1,0 +1,3 @@
+"""ltxforge: a declarative LoRA trainer for Lightricks' video models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,172 @@
+"""Files that are whole or absent: write, fsync, rename, fsync the folder. The only module that renames or deletes.
+
+A folder is committed in one rename after every file in it was synced and listed, with its digest, in `manifest.json`.
+Sizes cannot prove a file whole (safetensors sizes its file first, so a power cut can leave zeros behind a valid
+header), so reading verifies digests. Nothing outside the folder that a caller names is ever touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ltxforge.errors import DiskFullError, RunError
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+# Windows keeps these names for devices, in any folder and with any extension.
+_RESERVED = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)}
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether a name from a recipe or prompt file may become a file name on every platform."""
+    return bool(_NAME.fullmatch(name)) and name not in _RESERVED
+
+
+def inside(root: Path, *parts: str) -> Path:
+    """`root/parts`, refused if it would leave `root` once links are followed."""
+    path = root.joinpath(*parts)
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise RunError(f"{'/'.join(parts)!r} leads out of {root}", remedy="Use a plain name without `..` or links.")
+    return path
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Replace `path` with `content`, so that a reader sees the old file or the new one and nothing in between."""
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with _disk_full_told(path):
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_file` with readable JSON; NaN and infinity are refused because JSON has no such numbers."""
+    write_file(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def commit_file(partial: Path, path: Path) -> None:
+    """Give a finished file, written beside its target, its final name."""
+    with _disk_full_told(path):
+        _sync_file(partial)
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def staged_folder(final: Path, facts: dict[str, Any]) -> Iterator[Path]:
+    """Build a folder under another name and commit it in one rename.
+
+    Args:
+        final: where the folder will stand; it must not exist yet.
+        facts: what `manifest.json` says besides the files' digests. Must be JSON.
+
+    Yields:
+        The staging folder. On any exception it is removed and `final` never appears.
+    """
+    staging = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    with _disk_full_told(final):
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            yield staging
+            files = sorted(path for path in staging.rglob("*") if path.is_file())
+            for path in files:
+                _sync_file(path)
+            listing = {path.relative_to(staging).as_posix(): file_digest(path) for path in files}
+            write_json(staging / MANIFEST, {"facts": facts, "files": listing})
+            os.replace(staging, final)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        _sync_folder(final.parent)
+
+
+def verify_folder(folder: Path) -> tuple[dict[str, Any], str]:
+    """The manifest's facts and an empty string, or `{}` and the reason why the folder cannot be trusted."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        facts, files = dict(manifest["facts"]), dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {}, f"{MANIFEST} cannot be read ({error})"
+    for name, digest in files.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+            return {}, f"{name} is missing"
+        if file_digest(path) != digest:
+            return {}, f"{name} is damaged: its SHA-256 is not the one that was saved"
+    return facts, ""
+
+
+def retire(path: Path) -> None:
+    """Remove a file or folder of ours in two steps, so that an interrupted removal leaves no half folder behind."""
+    trash = path.with_name(f".{path.name}.trash-{os.getpid()}")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.replace(path, trash)
+    if trash.is_dir():
+        shutil.rmtree(trash, ignore_errors=True)
+    else:
+        trash.unlink(missing_ok=True)
+
+
+def sweep_leftovers(folder: Path) -> None:
+    """Remove partial and trash entries that a killed process of ours left in `folder`."""
+    for path in folder.glob(".*"):
+        if re.search(r"\.(partial|trash)-\d+$", path.name):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut. Windows cannot open folders; NTFS journals the rename itself."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _disk_full_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # safetensors raises its own type with the system's text in it
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+        if not full or isinstance(error, DiskFullError):
+            raise
+        free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
+        raise DiskFullError(
+            f"no space left while writing {path.name} ({free / 2**20:.0f} MiB free)",
+            where=str(path.parent),
+            remedy="Nothing saved before was touched. Free some space and start the same command again to continue.",
+        ) from error

@@ -1,0 +1,160 @@
+"""What happened, as frozen facts. Work emits events; screens, logs and trackers consume them and nothing else.
+
+Every event becomes one line of `events.jsonl`. A resumed run repeats the steps after its checkpoint, so lines carry
+an attempt number and readers keep the last line per step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events."""
+
+
+@dataclass(frozen=True)
+class PlanMade(Event):
+    """The plan is decided and saved; `plan` is its JSON form."""
+
+    plan: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Note(Event):
+    """Something the user should know that is no error. `level` is "info" or "warning"."""
+
+    text: str
+    level: str = "info"
+
+
+@dataclass(frozen=True)
+class ClipJudged(Event):
+    """A clip's verdict. `verdict` is "ok", "rejected" (counts against max_rejected) or "dropped" (the recipe's limits)."""
+
+    path: str
+    verdict: str
+    reason: str = ""
+    warnings: tuple[str, ...] = ()
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class PhaseStarted(Event):
+    """A phase with a known amount of work: "scan", "prompts", "latents", "train", "validate"."""
+
+    phase: str
+    total: int
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class PhaseAdvanced(Event):
+    """`done` of the phase's total is finished."""
+
+    phase: str
+    done: int
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class PhaseEnded(Event):
+    """The phase is over, after `seconds` of wall time."""
+
+    phase: str
+    seconds: float
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class LoraInjected(Event):
+    """What the adapter matched; `report` is the JSON form of `lora.inject.LoraReport`."""
+
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resumed(Event):
+    """Training goes on from a checkpoint. `refused` names newer checkpoints that were damaged, with the reason."""
+
+    step: int
+    checkpoint: str
+    refused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepDone(Event):
+    """One optimiser update. `loss` is the step's unweighted flow loss; `seconds` its wall time by part."""
+
+    step: int
+    steps: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    epoch: float
+    sigma: tuple[float, ...] = ()
+    loss_by_sample: tuple[float, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_device_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """A checkpoint is whole on disk."""
+
+    step: int
+    path: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SampleReady(Event):
+    """A validation sample was written: an mp4 and a PNG contact sheet."""
+
+    step: int
+    name: str
+    video: str
+    contact_sheet: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LoraExported(Event):
+    """The LoRA file that other programs load was written."""
+
+    path: str
+    bytes: int
+    step: int
+
+
+@dataclass(frozen=True)
+class RunEnded(Event):
+    """The run is over. `outcome` is "finished" or "stopped"."""
+
+    outcome: str
+    step: int
+    seconds: float
+
+
+Emit = Callable[[Event], None]
+
+
+def to_json(event: Event) -> dict[str, Any]:
+    """The event as JSON-ready data with its type's name first. Non-finite numbers become strings ("nan", "inf")."""
+    return {"event": type(event).__name__, **_plain(dataclasses.asdict(event))}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return value

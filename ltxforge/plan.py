@@ -1,0 +1,372 @@
+"""What was decided: the recipe with every number filled in. Data, and pure functions of the step.
+
+The planner makes a Plan once; it is printed, saved as `plan.json`, and nothing reads the recipe afterwards. Fields
+marked `free` may differ when a run is resumed; all others are the run's identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ltxforge.shapes import ClipShape
+
+FORMAT = 1
+T = TypeVar("T")
+
+
+def free(**options: Any) -> Any:
+    """A field that may change between attempts of one run."""
+    return field(metadata={"free": True}, **options)
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """Where one part of the model comes from.
+
+    `digest` names the content (SHA-256, or the Hub's own blob names) and alone is the identity, since weights may be
+    moved. `kind` is "builtin", "folder", "file" or "hub"; `location` the local path ("" until a Hub part is
+    downloaded); `inside` a subfolder or file within the source; `revision` the resolved commit.
+    """
+
+    source: str = free()
+    kind: str = free()
+    digest: str = ""
+    inside: str = free(default="")
+    repository: str = free(default="")
+    revision: str = free(default="")
+    location: str = free(default="")
+    bytes: int = free(default=0)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """The base model. `components` holds transformer, vae, text_encoder, tokenizer and scheduler."""
+
+    base: str = free()
+    version: str
+    rope: str
+    components: dict[str, ComponentPlan]
+    licence: str = free(default="")
+    licence_url: str = free(default="")
+    evidence: tuple[str, ...] = free(default=())
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """The machine's part. `kind` is cuda, rocm, mps or cpu; `exactness` is "exact" or "statistical", with the reason."""
+
+    kind: str
+    precision: str
+    attention: str
+    exactness: str
+    exactness_reason: str
+    name: str = free(default="")
+    versions: dict[str, str] = free(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """Samples of one size. `samples` counts windows, `tokens` the transformer's sequence length."""
+
+    shape: ClipShape
+    tokens: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """One window of one clip: what is encoded, cached and trained on.
+
+    `start_seconds` is the time of the first frame in the clip; frame n is at start + n / fps.
+    """
+
+    dataset: str
+    clip: str
+    path: str = free()
+    caption: str
+    shape: ClipShape
+    fps: float
+    start_seconds: float
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """All samples, sorted by content so that folder order and file times change nothing."""
+
+    samples: tuple[SamplePlan, ...]
+    buckets: tuple[BucketPlan, ...]
+    fps: float
+    max_rejected: float = free(default=0.05)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Windows seen in one epoch, repeats included."""
+        return sum(sample.repeats for sample in self.samples)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """`latents` is "mean" (the VAE posterior's mean) or "sample" (mean and standard deviation, drawn by address)."""
+
+    directory: str = free()
+    latents: str = "mean"
+
+
+@dataclass(frozen=True)
+class FlowPlan:
+    """How sigma is drawn. `shift` is None for the token-count rule, else a factor s (mu = ln s)."""
+
+    sigma: str
+    shift: float | None
+    stretch: bool
+    uniform_fraction: float
+
+
+@dataclass(frozen=True)
+class ConditioningPlan:
+    """What is kept clean or left out, per sample: probabilities, and the prompt's length in tokens."""
+
+    first_frame: float
+    caption_dropout: float
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """The adapter. `targets` are presets or patterns; `save_precision` is the exported file's dtype."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    rslora: bool
+    targets: tuple[str, ...]
+    save_precision: str = free(default="bf16")
+
+
+@dataclass(frozen=True)
+class OptimizerPlan:
+    """Optimiser and learning-rate schedule; steps are optimiser updates.
+
+    `decay_steps` is the step at which the schedule reaches its end: the run's length when the run was first planned.
+    """
+
+    name: str
+    learning_rate: float
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    schedule: str
+    warmup_steps: int
+    decay_steps: int
+    end_fraction: float
+    power: float
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The step. `clip_norm` and `clip_value` are exclusive; both None means no clipping."""
+
+    batch_size: int
+    accumulate: int
+    clip_norm: float | None
+    clip_value: float | None
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Gradient checkpointing: 0 off, n every n-th block."""
+
+    checkpointing: int
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """Saving: every n steps, the newest `keep` are kept."""
+
+    every: int = free()
+    keep: int = free()
+
+
+@dataclass(frozen=True)
+class PromptPlan:
+    """One validation sample: everything its pipeline call needs. `image` is a path, or "" for text-to-video."""
+
+    name: str
+    prompt: str
+    negative_prompt: str
+    image: str
+    shape: ClipShape
+    fps: float
+    steps: int
+    guidance: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """Samples during the run. `every` 0 means never; `at_start` also samples the base model at step 0."""
+
+    every: int = free()
+    at_start: bool = free()
+    prompts: tuple[PromptPlan, ...] = free(default=())
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """What the plan can know before anything runs. Bytes."""
+
+    cache_bytes: int = 0
+    checkpoint_bytes: int = 0
+    lora_bytes: int = 0
+    download_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every number of a run. `origins` says where a number came from: "recipe", "default", "device" or "weights"."""
+
+    name: str = free()
+    seed: int
+    steps: int = free()
+    steps_per_epoch: float
+    model: ModelPlan
+    device: DevicePlan
+    data: DataPlan
+    cache: CachePlan
+    flow: FlowPlan
+    conditioning: ConditioningPlan
+    lora: LoraPlan
+    optimizer: OptimizerPlan
+    training: TrainingPlan
+    memory: MemoryPlan
+    checkpoint: CheckpointPlan
+    validation: ValidationPlan
+    directory: str = free()
+    resume: str = free(default="latest")
+    world_size: int = 1
+    estimates: Estimates = free(default_factory=Estimates)
+    notes: tuple[str, ...] = free(default=())
+    origins: dict[str, str] = free(default_factory=dict)
+    format: int = FORMAT
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of update `step`, counted from 1."""
+        return learning_rate_at(self.optimizer, step)
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint follows update `step`."""
+        return step % self.checkpoint.every == 0 or step == self.steps
+
+    def validates_at(self, step: int) -> bool:
+        """Whether samples follow update `step`; 0 is before training."""
+        if not self.validation.prompts:
+            return False
+        if step == 0:
+            return self.validation.at_start
+        return self.validation.every > 0 and (step % self.validation.every == 0 or step == self.steps)
+
+    def identity_digest(self) -> str:
+        """SHA-256 of all identity fields: equal digests may continue each other."""
+        text = json.dumps(identity(self), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def learning_rate_at(optimizer: OptimizerPlan, step: int) -> float:
+    """Warm-up, then the schedule, as a pure function of the update's number (from 1).
+
+    Warm-up is linear and reaches the full rate at update `warmup_steps`. After it, with progress p in [0, 1] over the
+    remaining `decay_steps`: constant 1; linear 1 − p; cosine (1 + cos πp)/2; polynomial (1 − p)^power; each blended
+    with `end_fraction` as f = end + (1 − end)·shape. Beyond `decay_steps` the end value holds.
+    """
+    rate = optimizer.learning_rate
+    if step <= optimizer.warmup_steps:
+        return rate * step / optimizer.warmup_steps
+    if optimizer.schedule == "constant":
+        return rate
+    span = max(1, optimizer.decay_steps - optimizer.warmup_steps)
+    progress = min(1.0, (step - optimizer.warmup_steps) / span)
+    shape = {
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "polynomial": (1 - progress) ** optimizer.power,
+    }[optimizer.schedule]
+    return rate * (optimizer.end_fraction + (1 - optimizer.end_fraction) * shape)
+
+
+def to_json(plan: Any) -> dict[str, Any]:
+    """A plan, or a part of one, as JSON-ready data."""
+    return json.loads(json.dumps(dataclasses.asdict(plan)))
+
+
+def from_json(cls: type[T], data: dict[str, Any]) -> T:
+    """The dataclass that `to_json` was given. Raises KeyError or TypeError if the data is of another format."""
+    hints = typing.get_type_hints(cls)
+    known = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := set(data) - known:
+        raise KeyError(f"{cls.__name__} has no field {sorted(unknown)}")
+    return cls(**{name: _restore(hints[name], value) for name, value in data.items()})
+
+
+def _restore(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value)  # type: ignore[arg-type]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        inner = arguments[0] if arguments[-1] is Ellipsis else Any
+        return tuple(_restore(inner, item) for item in value)
+    if origin is dict:
+        return {key: _restore(arguments[1], item) for key, item in value.items()}
+    if origin in (typing.Union, types.UnionType) and value is not None:
+        return _restore(next(item for item in arguments if item is not type(None)), value)
+    return value
+
+
+def identity(value: Any) -> Any:
+    """The identity part of a plan as JSON-ready data: free fields left out, at every depth."""
+    if dataclasses.is_dataclass(value):
+        return {
+            item.name: identity(getattr(value, item.name))
+            for item in dataclasses.fields(value)
+            if not item.metadata.get("free")
+        }
+    if isinstance(value, dict):
+        return {key: identity(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [identity(item) for item in value]
+    return value
+
+
+def differences(old: Plan, new: Plan) -> list[tuple[str, str, str]]:
+    """Identity fields that differ, as (dotted name, old value, new value); samples are summed up in one line."""
+    before, after = _flat(identity(old)), _flat(identity(new))
+    found = []
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            found.append((name, str(before.get(name, "absent")), str(after.get(name, "absent"))))
+    samples = [entry for entry in found if entry[0].startswith("data.samples.")]
+    found = [entry for entry in found if not entry[0].startswith("data.samples.")]
+    if samples:
+        changed = len({entry[0].split(".")[2] for entry in samples})
+        found.append(("data.samples", f"{len(old.data.samples)} samples", f"{len(new.data.samples)}, {changed} differ"))
+    return found
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        pairs = value.items()
+    elif isinstance(value, list):
+        pairs = ((str(index), item) for index, item in enumerate(value))
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in pairs:
+        flat |= _flat(item, f"{prefix}.{key}" if prefix else key)
+    return flat

@@ -1,0 +1,78 @@
+"""Pixels ↔ latents arithmetic. The 8·k + 1 frame rule and the 32-pixel rule live here and nowhere else.
+
+Decides which sizes are legal and which legal sizes are nearest. Knows no model: the factors come from `specs`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class LatentShape:
+    """Size of a clip's latents: F frames × Y rows × X columns. One position is one token (patch size 1)."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """T = F · Y · X."""
+        return self.frames * self.height * self.width
+
+
+@dataclass(frozen=True, order=True)
+class ClipShape:
+    """Size of a clip in pixels and frames, written `768x512x121` (width × height × frames)."""
+
+    width: int
+    height: int
+    frames: int
+
+    def latent(self, spatial: int = 32, temporal: int = 8) -> LatentShape:
+        """The latents' size under a causal VAE: the first frame alone, then groups of `temporal` frames."""
+        if not is_legal_side(self.width, spatial) or not is_legal_side(self.height, spatial):
+            raise ValueError(f"{self} has a side that is no multiple of {spatial}")
+        if not is_legal_frames(self.frames, temporal):
+            raise ValueError(f"{self} has a frame count that is not {temporal}k + 1")
+        return LatentShape((self.frames - 1) // temporal + 1, self.height // spatial, self.width // spatial)
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}x{self.frames}"
+
+
+def is_legal_frames(frames: int, temporal: int = 8) -> bool:
+    """Whether a causal VAE with this temporal factor can encode `frames` frames: temporal·k + 1, k ≥ 0."""
+    return frames >= 1 and frames % temporal == 1 % temporal
+
+
+def is_legal_side(pixels: int, spatial: int = 32) -> bool:
+    """Whether a side can be encoded: a positive multiple of the spatial factor."""
+    return pixels >= spatial and pixels % spatial == 0
+
+
+def nearest_frames(frames: int, temporal: int = 8) -> tuple[int, ...]:
+    """The legal counts around an illegal one, lower first: 61 → (57, 65). A legal count gives itself."""
+    return _around(frames - 1, temporal, 0, 1)
+
+
+def nearest_sides(pixels: int, spatial: int = 32) -> tuple[int, ...]:
+    """The legal sides around an illegal one, lower first: 720 → (704, 736). A legal side gives itself."""
+    return _around(pixels, spatial, spatial, 0)
+
+
+def nearest_size(width: int, height: int, spatial: int = 32) -> tuple[int, int]:
+    """The legal size nearest to width × height; a tie goes up: 480x854 → 480x864."""
+    return _nearest(width, spatial), _nearest(height, spatial)
+
+
+def _nearest(pixels: int, step: int) -> int:
+    return max(step, math.floor(pixels / step + 0.5) * step)
+
+
+def _around(value: int, step: int, smallest: int, offset: int) -> tuple[int, ...]:
+    lower = max(smallest, value // step * step)
+    upper = max(smallest, -(-value // step) * step)
+    return (lower + offset,) if lower == upper else (lower + offset, upper + offset)

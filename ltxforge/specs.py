@@ -1,0 +1,223 @@
+"""What is fixed about each model version: factors, frame rule, wiring, target names, sampling defaults, licence.
+
+Data only; reads no file and decides nothing about a run. `models/detect.py` finds out which version a file is,
+`models/tiny.py` holds the small random twins that stand in for weights.
+
+Sources: diffusers `scripts/convert_ltx_to_diffusers.py` (wiring, schedulers), the model cards on the Hub (sampling,
+licences), Lightricks' LTX-Video-Trainer (token-count shift).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Licence:
+    """Under which terms the base weights come; printed in the plan and written on cards."""
+
+    name: str
+    url: str
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """How the version's own pipeline samples. `timesteps` (of 1000) are set for distilled weights only."""
+
+    steps: int
+    guidance: float
+    timesteps: tuple[float, ...] = ()
+    decode_timestep: float = 0.0
+    decode_noise_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model version.
+
+    `rope` is the version's convention for the time coordinate of latent frame j, used where the weights themselves do
+    not say: "plain" 8·j/fps (diffusers' LTXPipeline) or "causal" max(0, 8·j − 7)/fps (LTXConditionPipeline).
+    `vae_family` names encoders whose latents are interchangeable: 0.9.0 and 0.9.1 share an encoder's layout but not
+    its weights, and 0.9.5 and later share theirs.
+    """
+
+    version: str
+    family: str
+    parameters: str
+    hub: str
+    rope: str
+    distilled: bool
+    vae_family: str
+    sampling: SamplingDefaults
+    licence: Licence
+    transformer_config: dict[str, Any] = field(repr=False)
+    vae_config: dict[str, Any] = field(repr=False)
+    scheduler_config: dict[str, Any] = field(repr=False)
+    spatial_factor: int = 32
+    temporal_factor: int = 8
+    default_fps: float = 25.0
+    default_prompt_tokens: int = 128
+    tiny: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """Number of transformer blocks."""
+        return self.transformer_config["num_layers"]
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+        return self.transformer_config["in_channels"]
+
+    @property
+    def width(self) -> int:
+        """D = heads · head width."""
+        return self.transformer_config["num_attention_heads"] * self.transformer_config["attention_head_dim"]
+
+    @property
+    def caption_channels(self) -> int:
+        """Width of the text encoder's output."""
+        return self.transformer_config["caption_channels"]
+
+
+RAIL_M = Licence("LTX-Video 0.9 RAIL-M", "https://huggingface.co/Lightricks/LTX-Video")
+OPEN_RAIL_M = Licence("LTX-Video Open Weights (OpenRAIL-M)", "https://huggingface.co/Lightricks/LTX-Video")
+
+TRANSFORMER_2B: dict[str, Any] = {
+    "in_channels": 128, "out_channels": 128, "patch_size": 1, "patch_size_t": 1,
+    "num_attention_heads": 32, "attention_head_dim": 64, "cross_attention_dim": 2048, "num_layers": 28,
+    "activation_fn": "gelu-approximate", "qk_norm": "rms_norm_across_heads", "norm_elementwise_affine": False,
+    "norm_eps": 1e-6, "caption_channels": 4096, "attention_bias": True, "attention_out_bias": True,
+}  # fmt: skip
+TRANSFORMER_13B = {
+    **TRANSFORMER_2B, "attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48,
+}  # fmt: skip
+
+_VAE_SHARED: dict[str, Any] = {
+    "in_channels": 3, "out_channels": 3, "latent_channels": 128, "patch_size": 4, "patch_size_t": 1,
+    "resnet_norm_eps": 1e-6, "scaling_factor": 1.0, "encoder_causal": True, "decoder_causal": False,
+}  # fmt: skip
+VAE_090: dict[str, Any] = {
+    **_VAE_SHARED,
+    "block_out_channels": (128, 256, 512, 512), "down_block_types": ("LTXVideoDownBlock3D",) * 4,
+    "decoder_block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": (4, 3, 3, 3, 4), "decoder_layers_per_block": (4, 3, 3, 3, 4),
+    "spatio_temporal_scaling": (True, True, True, False),
+    "decoder_spatio_temporal_scaling": (True, True, True, False),
+    "decoder_inject_noise": (False,) * 5, "downsample_type": ("conv",) * 4,
+    "upsample_residual": (False,) * 4, "upsample_factor": (1,) * 4, "timestep_conditioning": False,
+}  # fmt: skip
+VAE_091: dict[str, Any] = {
+    **VAE_090,
+    "decoder_block_out_channels": (256, 512, 1024), "decoder_layers_per_block": (5, 6, 7, 8),
+    "decoder_spatio_temporal_scaling": (True, True, True), "decoder_inject_noise": (True, True, True, False),
+    "upsample_residual": (True,) * 3, "upsample_factor": (2,) * 3, "timestep_conditioning": True,
+}  # fmt: skip
+VAE_095: dict[str, Any] = {
+    **_VAE_SHARED,
+    "block_out_channels": (128, 256, 512, 1024, 2048), "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
+    "decoder_block_out_channels": (256, 512, 1024),
+    "layers_per_block": (4, 6, 6, 2, 2), "decoder_layers_per_block": (5, 5, 5, 5),
+    "spatio_temporal_scaling": (True,) * 4, "decoder_spatio_temporal_scaling": (True,) * 3,
+    "decoder_inject_noise": (False,) * 4,
+    "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+    "upsample_residual": (True,) * 3, "upsample_factor": (2,) * 3, "timestep_conditioning": True,
+    "spatial_compression_ratio": 32, "temporal_compression_ratio": 8,
+}  # fmt: skip
+
+# 0.9.0 and 0.9.1: the shift grows with the token count and the last sigma is stretched to 0.1.
+SCHEDULER_DYNAMIC: dict[str, Any] = {
+    "use_dynamic_shifting": True, "base_shift": 0.95, "max_shift": 2.05,
+    "base_image_seq_len": 1024, "max_image_seq_len": 4096, "shift_terminal": 0.1,
+}  # fmt: skip
+# 0.9.5 and later: the pipeline brings its own linear-quadratic schedule.
+SCHEDULER_PLAIN: dict[str, Any] = {"use_dynamic_shifting": False}
+
+_DISTILLED = SamplingDefaults(8, 1.0, (1000.0, 993.0, 987.0, 981.0, 975.0, 909.0, 725.0, 0.03), 0.05, 0.025)
+
+
+def _spec(version: str, hub: str, base: ModelSpec | None = None, **changes: Any) -> ModelSpec:
+    if base is not None:
+        return dataclasses.replace(base, version=version, hub=hub, **changes)
+    return ModelSpec(version=version, hub=hub, **changes)
+
+
+_V090 = _spec(
+    "0.9.0", "Lightricks/LTX-Video", family="ltx-video", parameters="2B", rope="plain", distilled=False,
+    vae_family="0.9.0", sampling=SamplingDefaults(50, 3.0), licence=RAIL_M,
+    transformer_config=TRANSFORMER_2B, vae_config=VAE_090, scheduler_config=SCHEDULER_DYNAMIC,
+)  # fmt: skip
+_V091 = _spec(
+    "0.9.1", "diffusers/LTX-Video-0.9.1", _V090, vae_family="0.9.1", vae_config=VAE_091,
+    sampling=SamplingDefaults(50, 3.0, (), 0.05, 0.025),
+)  # fmt: skip
+_V095 = _spec(
+    "0.9.5", "Lightricks/LTX-Video-0.9.5", _V091, rope="causal", vae_family="0.9.5", vae_config=VAE_095,
+    scheduler_config=SCHEDULER_PLAIN, licence=OPEN_RAIL_M, sampling=SamplingDefaults(40, 3.0, (), 0.05, 0.025),
+)  # fmt: skip
+_V096 = _spec("0.9.6-dev", "Lightricks/LTX-Video", _V095)
+_V097 = _spec(
+    "0.9.7-dev", "Lightricks/LTX-Video-0.9.7-dev", _V095, parameters="13B", transformer_config=TRANSFORMER_13B
+)
+
+SPECS: dict[str, ModelSpec] = {
+    spec.version: spec
+    for spec in (
+        _V090,
+        _V091,
+        _V095,
+        _V096,
+        _spec("0.9.6-distilled", "Lightricks/LTX-Video", _V096, distilled=True, sampling=_DISTILLED),
+        _V097,
+        _spec("0.9.7-distilled", "Lightricks/LTX-Video-0.9.7-distilled", _V097, distilled=True, sampling=_DISTILLED),
+        _spec("0.9.8-dev", "Lightricks/LTX-Video", _V097),
+        _spec("0.9.8-distilled", "Lightricks/LTX-Video-0.9.8-13B-distilled", _V097, distilled=True, sampling=_DISTILLED),
+        _spec("0.9.8-2b-distilled", "Lightricks/LTX-Video", _V095, distilled=True, sampling=_DISTILLED),
+    )
+}
+"""Every published LTX-Video version by name."""
+
+
+def _tiny_transformer(**changes: Any) -> dict[str, Any]:
+    return {
+        **TRANSFORMER_2B, "in_channels": 16, "out_channels": 16, "num_attention_heads": 4, "attention_head_dim": 32,
+        "cross_attention_dim": 128, "num_layers": 4, "caption_channels": 64, **changes,
+    }  # fmt: skip
+
+
+_TINY_VAE_090 = {
+    **VAE_090, "latent_channels": 16, "block_out_channels": (16, 16, 16, 16),
+    "decoder_block_out_channels": (16, 16, 16, 16), "layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5,
+}  # fmt: skip
+_TINY_VAE_091 = {
+    **VAE_091, "latent_channels": 16, "block_out_channels": (16, 16, 16, 16),
+    "decoder_block_out_channels": (8, 16, 32), "layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 4,
+}  # fmt: skip
+_TINY_VAE_095 = {
+    **VAE_095, "latent_channels": 16, "block_out_channels": (8, 16, 32, 64, 64),
+    "decoder_block_out_channels": (8, 16, 32), "layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 4,
+}  # fmt: skip
+
+
+def _tiny(name: str, version: str, vae: dict[str, Any], **transformer: Any) -> ModelSpec:
+    return dataclasses.replace(
+        SPECS[version], hub=name, parameters="tiny", tiny=True, vae_config=vae,
+        transformer_config=_tiny_transformer(**transformer),
+        licence=Licence("none (random weights made by ltxforge)", ""),
+    )  # fmt: skip
+
+
+TINY: dict[str, ModelSpec] = {
+    "tiny/ltx-video": _tiny("tiny/ltx-video", "0.9.5", _TINY_VAE_095),
+    "tiny/ltx-video-0.9.0": _tiny("tiny/ltx-video-0.9.0", "0.9.0", _TINY_VAE_090),
+    "tiny/ltx-video-0.9.1": _tiny("tiny/ltx-video-0.9.1", "0.9.1", _TINY_VAE_091),
+    "tiny/ltx-video-0.9.5": _tiny("tiny/ltx-video-0.9.5", "0.9.5", _TINY_VAE_095),
+    "tiny/ltx-video-0.9.8": _tiny("tiny/ltx-video-0.9.8", "0.9.8-2b-distilled", _TINY_VAE_095),
+    "tiny/ltx-video-13b": _tiny(
+        "tiny/ltx-video-13b", "0.9.7-dev", _TINY_VAE_095,
+        attention_head_dim=64, num_attention_heads=2, num_layers=6,
+    ),
+}  # fmt: skip
+"""Built-in small models with the real classes and ratios and random, seeded weights; by the name a recipe uses."""
