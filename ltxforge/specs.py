@@ -173,7 +173,9 @@ SPECS: dict[str, ModelSpec] = {
         _V097,
         _spec("0.9.7-distilled", "Lightricks/LTX-Video-0.9.7-distilled", _V097, distilled=True, sampling=_DISTILLED),
         _spec("0.9.8-dev", "Lightricks/LTX-Video", _V097),
-        _spec("0.9.8-distilled", "Lightricks/LTX-Video-0.9.8-13B-distilled", _V097, distilled=True, sampling=_DISTILLED),
+        _spec(
+            "0.9.8-distilled", "Lightricks/LTX-Video-0.9.8-13B-distilled", _V097, distilled=True, sampling=_DISTILLED
+        ),
         _spec("0.9.8-2b-distilled", "Lightricks/LTX-Video", _V095, distilled=True, sampling=_DISTILLED),
     )
 }

@@ -1,0 +1,333 @@
+"""What a recipe may say: every key, its type, range, default and meaning. The one place where keys are named.
+
+Says what is legal within one key; rules between keys stand in `rules.py`. A default of None means that the planner
+decides, and the plan prints what it decided and why. Holds no number that depends on weights, data or machine.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from ltxforge.durable import is_safe_name
+from ltxforge.shapes import is_legal_frames, is_legal_side, nearest_frames, nearest_size
+from ltxforge.specs import SPECS
+
+Versions = Literal[tuple(SPECS)]  # type: ignore[valid-type]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`"768x512"` → (768, 512). Raises ValueError when it is not two numbers with an x between."""
+    match = re.fullmatch(r"\s*(\d{1,6})\s*[x×]\s*(\d{1,6})\s*", text)
+    if not match:
+        raise ValueError('a size is written "WIDTHxHEIGHT", for example "768x512"')
+    return int(match[1]), int(match[2])
+
+
+def _check_size(text: str) -> str:
+    width, height = parse_size(text)
+    if not (is_legal_side(width) and is_legal_side(height)):
+        nearest = "x".join(map(str, nearest_size(width, height)))
+        raise ValueError(f"both sides must be multiples of 32; nearest: {nearest}")
+    if width * height > 2**24:
+        raise ValueError("this is more than 16 megapixels; no LTX model works at that size")
+    return text
+
+
+def _check_frames(frames: int) -> int:
+    if not is_legal_frames(frames):
+        raise ValueError(f"the VAE needs 8k + 1 frames; nearest: {' or '.join(map(str, nearest_frames(frames)))}")
+    return frames
+
+
+def _check_name(name: str) -> str:
+    if not is_safe_name(name):
+        raise ValueError(
+            "a name becomes a file name: lower-case letters, digits, - and _, at most 64, starting with a letter or"
+            " digit, and none that Windows reserves"
+        )
+    return name
+
+
+def _check_not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("this must not be empty")
+    if "\0" in text:
+        raise ValueError("this holds a NUL character")
+    return text
+
+
+def _check_positive(number: float) -> float:
+    if not number > 0 or math.isinf(number):
+        raise ValueError("this must be greater than 0")
+    return number
+
+
+def _check_clip(number: float) -> float:
+    if not number > 0:
+        raise ValueError("a bound of 0 would stop all learning; leave the key out to train without clipping")
+    return number
+
+
+def _check_alpha(number: float) -> float:
+    if not number > 0:
+        raise ValueError("alpha 0 scales the LoRA to nothing; use the rank's value for scale 1")
+    return number
+
+
+def _check_pattern(target: str) -> str:
+    _check_not_blank(target)
+    if target.startswith("re:"):
+        try:
+            re.compile(target[3:])
+        except re.error as error:
+            raise ValueError(f"the regular expression cannot be read: {error}") from error
+    return target
+
+
+Size = Annotated[str, AfterValidator(_check_size)]
+Frames = Annotated[int, Field(ge=1, le=10_001), AfterValidator(_check_frames)]
+Fps = Annotated[float, Field(gt=0, le=240)]
+Name = Annotated[str, AfterValidator(_check_name)]
+Text = Annotated[str, AfterValidator(_check_not_blank)]
+Positive = Annotated[float, AfterValidator(_check_positive)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=100_000_000)]
+
+
+class Model(_Section):
+    """The base model. Sources: a folder, a .safetensors file, or a Hub id `org/name[:path][@revision]`."""
+
+    base: Text = Field(
+        description="Folder, .safetensors file, Hub id, or a built-in tiny model such as tiny/ltx-video."
+    )
+    version: Versions | None = Field(
+        None, description="Only needed where the weights do not say; a claim that contradicts them is refused."
+    )
+    transformer: Text | None = Field(None, description="A fine-tuned transformer to train on instead of the base's.")
+    vae: Text | None = Field(None, description="A VAE from another source.")
+    text_encoder: Text | None = Field(None, description="A T5 text encoder from another source.")
+    rope: Literal["auto", "plain", "causal"] = Field(
+        "auto", description="Time coordinates: plain 8j/fps, causal max(0, 8j-7)/fps; auto follows the weights."
+    )
+
+
+class Run(_Section):
+    """The run as a whole."""
+
+    directory: Text | None = Field(None, description="Where the run lives; default runs/<recipe name>.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="Every random draw follows from it.")
+    steps: Count | None = Field(None, description="Length in optimiser updates; or give epochs.")
+    epochs: Annotated[float, Field(gt=0, le=1_000_000)] | None = Field(
+        None, description="Length in passes over the data; or give steps."
+    )
+    resume: Literal["latest", "never"] = Field(
+        "latest", description="latest continues the newest whole checkpoint; never refuses a directory that has one."
+    )
+    max_rejected: Share = Field(
+        0.05, description="Stop if more than this share of the clips, and more than one, are unreadable."
+    )
+
+
+class Dataset(_Section):
+    """One folder of clips, each with its caption in a .txt file of the same name."""
+
+    path: Text = Field(description="Folder with clips and captions; builtin/shapes is a small rendered set.")
+    id: Name | None = Field(None, description="A name for this dataset; default: the folder's.")
+    resolution: Size = Field("768x512", description='Training size "WIDTHxHEIGHT"; other aspects get the same area.')
+    frames: Frames = Field(121, description="Frames per sample: 8k + 1.")
+    fps: Fps | None = Field(None, description="Clips are resampled to this rate; default: the model's (25).")
+    windows: Literal["all", "first"] | Annotated[int, Field(ge=1, le=10_000)] = Field(
+        "all", description="all: as many windows as fit, over the whole clip; first; or how many, evenly spread."
+    )
+    buckets: Literal["aspect", "fixed"] = Field(
+        "aspect",
+        description="aspect: sizes of equal area for other shapes; fixed: everything is cropped to resolution.",
+    )
+    max_upscale: Annotated[float, Field(ge=1, le=100)] = Field(
+        2.0, description="Clips that would have to be enlarged by more than this are left out as too small."
+    )
+    repeats: Annotated[int, Field(ge=1, le=100_000)] = Field(1, description="How often each sample is seen per epoch.")
+    enabled: bool = Field(True, description="false leaves this dataset out.")
+
+
+class Training(_Section):
+    """The step."""
+
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="Samples per micro-batch, per device.")
+    accumulate: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="Micro-batches per optimiser update.")
+    precision: Literal["bf16", "fp32"] | None = Field(
+        None, description="Base weights and activations; LoRA weights and moments are always fp32. Default: by device."
+    )
+    clip_norm: Annotated[float, AfterValidator(_check_clip)] | None = Field(
+        None, description="Bound on the norm of the whole gradient; default 1.0 unless clip_value is given."
+    )
+    clip_value: Annotated[float, AfterValidator(_check_clip)] | None = Field(
+        None, description="Bound on each element of the gradient, instead of clip_norm."
+    )
+
+
+class Optimizer(_Section):
+    """The optimiser and its learning rate, a pure function of the step."""
+
+    name: Literal["adamw", "adamw-8bit"] = Field("adamw", description="adamw-8bit is bitsandbytes' blockwise 8-bit.")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="Rate after warm-up.")
+    schedule: Literal["constant", "cosine", "linear", "polynomial"] = Field("constant", description="After warm-up.")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Default: 5 % of the steps, at most 100."
+    )
+    end_fraction: Share = Field(0.0, description="The decaying schedules end at this share of learning_rate.")
+    power: Annotated[float, Field(gt=0, le=10)] = Field(2.0, description="Exponent of the polynomial schedule.")
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        [0.9, 0.999], description="Decay of the first and second moment."
+    )
+    epsilon: Annotated[float, Field(gt=0, le=1)] = Field(1e-8, description="Added to the denominator.")
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = Field(0.0, description="Decoupled weight decay.")
+
+
+class Lora(_Section):
+    """The adapter."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = Field(32, description="R: width of the low-rank update.")
+    alpha: Annotated[float, AfterValidator(_check_alpha)] | None = Field(
+        None, description="Scale is alpha / rank (rsLoRA: alpha / sqrt(rank)); default: the rank."
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout on the LoRA branch.")
+    rslora: bool = Field(False, description="Rank-stabilised scaling (arXiv 2312.03732).")
+    targets: Annotated[list[Annotated[str, AfterValidator(_check_pattern)]], Field(min_length=1)] = Field(
+        ["attention"],
+        description="Presets attention, feed_forward, all; or module name endings such as to_q; or re:<regex>.",
+    )
+    save_precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="dtype of the exported file.")
+
+
+class Flow(_Section):
+    """How the noise level sigma is drawn."""
+
+    sigma: Literal["stretched-logit-normal", "logit-normal", "uniform"] = Field(
+        "stretched-logit-normal", description="The first is how Lightricks trains."
+    )
+    shift: Literal["auto"] | Positive | None = Field(
+        None, description="auto: by token count; or a factor s, as in s*sigma/(1+(s-1)*sigma)."
+    )
+    uniform_fraction: Share | None = Field(None, description="Share of samples drawn uniformly; default 0.1 or 0.")
+
+
+class Conditioning(_Section):
+    """What is kept clean or left out, drawn per sample."""
+
+    first_frame: Share = Field(0.0, description="Probability of keeping the first frame clean (image-to-video).")
+    caption_dropout: Share = Field(0.0, description="Probability of training on the empty caption.")
+    prompt_tokens: Annotated[int, Field(ge=8, le=512)] | None = Field(
+        None, description="T5 length; longer captions are cut and counted. Default 128, the pipelines' own."
+    )
+
+
+class Memory(_Section):
+    """How the model is made to fit."""
+
+    checkpointing: bool | Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None,
+        description="Gradient checkpointing: true every block, n every n-th block, false off. Default: on for GPUs.",
+    )
+
+
+class Cache(_Section):
+    """Latents and prompt embeddings on disk."""
+
+    directory: Text | None = Field(None, description="Default: cache/ beside runs/. Runs may share one.")
+    latents: Literal["mean", "sample"] = Field("mean", description="The VAE posterior's mean, or a draw from it.")
+
+
+class Checkpoint(_Section):
+    """Saving during the run."""
+
+    every: Count | None = Field(None, description="Steps between checkpoints; default 250, at most the run's length.")
+    keep: Annotated[int, Field(ge=2, le=100_000)] = Field(
+        3, description="How many of the newest checkpoints stay; at least 2, so that one survives damage."
+    )
+
+
+class Prompt(_Section):
+    """One validation sample. Keys left out come from [validation]."""
+
+    name: Name = Field(description="Becomes the file's name.")
+    prompt: Text = Field(description="The text.")
+    image: Text | None = Field(None, description="First frame for image-to-video.")
+    negative_prompt: str | None = Field(None, description="Instead of the section's.")
+    resolution: Size | None = Field(None, description="Instead of the section's.")
+    frames: Frames | None = Field(None, description="Instead of the section's.")
+    fps: Fps | None = Field(None, description="Instead of the section's.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(None, description="Instead of the section's.")
+
+
+class Validation(_Section):
+    """Samples while training, made with diffusers' own pipelines."""
+
+    every: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Steps between samples; 0 never; default: with each checkpoint."
+    )
+    at_start: bool = Field(True, description="Also sample the base model before the first step.")
+    library: Text | None = Field(None, description="A file of prompts: TOML, or JSON of name -> prompt.")
+    prompt: list[Prompt] = Field([], description="[[validation.prompt]] tables.")
+    resolution: Size | None = Field(None, description="Default: the first dataset's.")
+    frames: Frames | None = Field(None, description="Default: the first dataset's.")
+    fps: Fps | None = Field(None, description="Default: the training rate.")
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = Field(None, description="Default: the model version's.")
+    guidance: Annotated[float, Field(ge=1, le=30)] | None = Field(
+        None, description="Classifier-free guidance; 1 is off. Default: the model version's."
+    )
+    negative_prompt: str = Field(
+        "worst quality, inconsistent motion, blurry, jittery, distorted", description="Used when guidance > 1."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="Starting noise of every sample.")
+
+
+class Recipe(_Section):
+    """An ltxforge recipe."""
+
+    model: Model
+    run: Run = Run()
+    dataset: Annotated[list[Dataset], Field(min_length=1)]
+    training: Training = Training()
+    optimizer: Optimizer = Optimizer()
+    lora: Lora = Lora()
+    flow: Flow = Flow()
+    conditioning: Conditioning = Conditioning()
+    memory: Memory = Memory()
+    cache: Cache = Cache()
+    checkpoint: Checkpoint = Checkpoint()
+    validation: Validation = Validation()
+
+
+NOT_YET: dict[str, str] = {
+    "audio": "audio comes with LTX-2 support, which this release does not have yet",
+    "lora.modalities": "modalities come with LTX-2 support, which this release does not have yet",
+    "kernels": "the Triton kernels are not in this release yet; it computes in plain PyTorch",
+    "training.attention": "attention backends are not in this release yet; it uses PyTorch's own attention",
+    "validation.attention": "attention backends are not in this release yet; it uses PyTorch's own attention",
+    "memory.fit": "fitting a plan to a card is not in this release yet",
+    "memory.base_precision": "quantised base weights are not in this release yet; training.precision is bf16 or fp32",
+    "memory.block_swap": "block swap is not in this release yet",
+    "memory.group_offload": "group offload is not in this release yet",
+    "ema": "EMA is not in this release yet",
+    "crepa": "CREPA is not in this release yet",
+    "tread": "TREAD is not in this release yet",
+    "scheduled_sampling": "scheduled sampling is not in this release yet",
+    "distributed": "training on several GPUs is not in this release yet",
+    "trackers": "trackers are not in this release yet; every run writes events.jsonl",
+    "hub": "pushing to the Hub is not in this release yet",
+}
+"""Keys that the design has a place for and this release has not: refused by name, with the reason."""
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors."""
+    return Recipe.model_json_schema()
