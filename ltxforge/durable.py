@@ -51,7 +51,7 @@ def write_file(path: Path, content: bytes | str) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+            partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
@@ -67,7 +67,7 @@ def commit_file(partial: Path, path: Path) -> None:
     """Give a finished file, written beside its target, its final name."""
     with _disk_full_told(path):
         _sync_file(partial)
-        os.replace(partial, path)
+        partial.replace(path)
         _sync_folder(path.parent)
 
 
@@ -93,7 +93,7 @@ def staged_folder(final: Path, facts: dict[str, Any]) -> Iterator[Path]:
                 _sync_file(path)
             listing = {path.relative_to(staging).as_posix(): file_digest(path) for path in files}
             write_json(staging / MANIFEST, {"facts": facts, "files": listing})
-            os.replace(staging, final)
+            staging.replace(final)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -120,7 +120,7 @@ def retire(path: Path) -> None:
     """Remove a file or folder of ours in two steps, so that an interrupted removal leaves no half folder behind."""
     trash = path.with_name(f".{path.name}.trash-{os.getpid()}")
     shutil.rmtree(trash, ignore_errors=True)
-    os.replace(path, trash)
+    path.replace(trash)
     if trash.is_dir():
         shutil.rmtree(trash, ignore_errors=True)
     else:

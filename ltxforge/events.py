@@ -35,7 +35,7 @@ class Note(Event):
 
 @dataclass(frozen=True)
 class ClipJudged(Event):
-    """A clip's verdict. `verdict` is "ok", "rejected" (counts against max_rejected) or "dropped" (the recipe's limits)."""
+    """A clip's verdict: "ok", "rejected" (counts against max_rejected) or "dropped" (by the recipe's own limits)."""
 
     path: str
     verdict: str

@@ -60,7 +60,7 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """The machine's part. `kind` is cuda, rocm, mps or cpu; `exactness` is "exact" or "statistical", with the reason."""
+    """The machine's part. `kind` is cuda, rocm, mps or cpu; `exactness` is "exact" or "statistical", with its reason."""
 
     kind: str
     precision: str
