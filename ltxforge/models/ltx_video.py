@@ -1,0 +1,385 @@
+"""LTX-Video 0.9.x: the family's own block and transformer forward, and the `VideoModel` around them.
+
+The forward runs over the diffusers modules' own parameters, names unchanged, so that loading, PEFT and files are
+untouched; diffusers' forward is the oracle and the order of operations is kept, so that the bits agree. What differs:
+timesteps are embedded once per distinct value, rope tables are computed once per size, the prompt mask once per step,
+and gradient checkpointing takes an interval. Decides nothing about training and loads no file (`models/load.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKLLTXVideo,
+    FlowMatchEulerDiscreteScheduler,
+    LTXConditionPipeline,
+    LTXImageToVideoPipeline,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+from ltxforge.models.interface import Latents, Noisy, PromptBatch, PromptEmbeddings
+from ltxforge.shapes import LatentShape, is_legal_frames, is_legal_side
+from ltxforge.specs import ModelSpec
+
+# Rope tables are float32 [1, T, D], twice: 100 MiB for 2B at 768x512x121. Batches of one size follow each other.
+ROPE_TABLES_KEPT = 4
+DECODE_NOISE_SEED = 0
+
+Rope = tuple[Tensor, Tensor]
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """The time embedding of N distinct timesteps: `block` [N, 6·D] for the blocks, `output` [N, D] for the end.
+
+    `index` [B, T] says which of the N a token has; None means one per sample, N = B.
+    """
+
+    block: Tensor
+    output: Tensor
+    index: Tensor | None
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[N, D] → something that broadcasts against [B, T, D]."""
+        return values[:, None] if self.index is None else values[self.index]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax attention over [B, T, H, K]; `bias` is added to the scores and broadcasts to [B, H, T, P]."""
+    query, key, value = (tensor.permute(0, 2, 1, 3) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).permute(0, 2, 1, 3)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotary position embedding on interleaved pairs of [B, T, D], in float32 (RoFormer, arXiv:2104.09864)."""
+    cos, sin = rope
+    real, imaginary = x.unflatten(2, (-1, 2)).unbind(-1)
+    turned = torch.stack([-imaginary, real], dim=-1).flatten(2)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+
+def attention_forward(
+    attn: nn.Module, hidden: Tensor, context: Tensor, rope: Rope | None, bias: Tensor | None
+) -> Tensor:
+    """One attention of a block: project, normalise q and k over all heads, rotate, attend, project back. [B, T, D]."""
+    query, key, value = attn.to_q(hidden), attn.to_k(context), attn.to_v(context)
+    query, key = attn.norm_q(query), attn.norm_k(key)
+    if rope is not None:
+        query, key = rotate(query, rope), rotate(key, rope)
+    query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
+    mixed = attend(query, key, value, bias).flatten(2, 3).to(query.dtype)
+    return attn.to_out[1](attn.to_out[0](mixed))
+
+
+def block_forward(
+    block: nn.Module, hidden: Tensor, prompt: Tensor, modulation: Modulation, rope: Rope, bias: Tensor | None
+) -> Tensor:
+    """One transformer block with adaptive layer norm (DiT, arXiv:2212.09748; shared table as in PixArt-α).
+
+    Args:
+        block: diffusers' LTXVideoTransformerBlock, perhaps with adapters injected into its linears.
+        hidden: [B, T, D].
+        prompt: projected prompt, [B, P, D].
+        modulation: the step's time embedding.
+        rope: cos and sin, [1, T, D] float32.
+        bias: what is added to the prompt's attention scores, [B, 1, 1, P], or None.
+    """
+    table = block.scale_shift_table[None] + modulation.block.unflatten(-1, (6, -1))
+    shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = map(modulation.spread, table.unbind(dim=1))
+    normed = block.norm1(hidden) * (1 + scale_attn) + shift_attn
+    hidden = hidden + attention_forward(block.attn1, normed, normed, rope, None) * gate_attn
+    hidden = hidden + attention_forward(block.attn2, hidden, prompt, None, bias)
+    normed = block.norm2(hidden) * (1 + scale_ff) + shift_ff
+    return hidden + block.ff(normed) * gate_ff
+
+
+def transformer_forward(
+    transformer: LTXVideoTransformer3DModel,
+    tokens: Tensor,
+    prompts: PromptBatch,
+    timesteps: Tensor,
+    rope: Rope,
+    checkpoint_every: int = 0,
+) -> Tensor:
+    """The velocity [B, T, C] for noisy tokens [B, T, C].
+
+    Args:
+        transformer: diffusers' module; only its parameters and leaf modules are used.
+        tokens: [B, T, C] in the transformer's dtype.
+        prompts: embeddings [B, P, E] in that dtype, and their mask.
+        timesteps: [B, 1] or [B, T] float32, sigma · 1000.
+        rope: from `rope_tables`.
+        checkpoint_every: recompute every n-th block in the backward pass; 0 is off.
+    """
+    hidden = transformer.proj_in(tokens)
+    modulation = embed_timesteps(transformer, timesteps, hidden.dtype)
+    prompt = transformer.caption_projection(prompts.embeds)
+    bias = prompt_bias(prompts.mask, tokens.dtype)
+    for number, block in enumerate(transformer.transformer_blocks):
+        step = partial(block_forward, block)
+        if checkpoint_every and number % checkpoint_every == 0 and torch.is_grad_enabled():
+            step = partial(checkpoint, step, use_reentrant=False, preserve_rng_state=True)
+        hidden = step(hidden, prompt, modulation, rope, bias)
+    return output_forward(transformer, hidden, modulation)
+
+
+def output_forward(transformer: LTXVideoTransformer3DModel, hidden: Tensor, modulation: Modulation) -> Tensor:
+    """The last norm, modulation and projection: [B, T, D] → [B, T, C]."""
+    table = transformer.scale_shift_table[None] + modulation.output[:, None]
+    shift, scale = map(modulation.spread, table.unbind(dim=1))
+    return transformer.proj_out(transformer.norm_out(hidden) * (1 + scale) + shift)
+
+
+def embed_timesteps(transformer: LTXVideoTransformer3DModel, timesteps: Tensor, dtype: torch.dtype) -> Modulation:
+    """Embed each distinct timestep once. `timesteps` stay float32 up to their sinusoids, whatever `dtype` is.
+
+    With first-frame conditioning a sample has T timesteps of two values; embedding them per token would cost 6·T·D.
+    """
+    assert timesteps.dtype == torch.float32, f"timesteps must be float32, not {timesteps.dtype}"
+    distinct, index = (timesteps[:, 0], None) if timesteps.shape[1] == 1 else timesteps.unique(return_inverse=True)
+    block, output = transformer.time_embed(distinct, batch_size=distinct.shape[0], hidden_dtype=dtype)
+    return Modulation(block, output, index)
+
+
+def prompt_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 for real tokens and −10000 for padding, [B, 1, 1, P] (heads and queries broadcast)."""
+    return ((1 - mask.to(dtype)) * -10000.0)[:, None, None, :]
+
+
+def rope_tables(
+    transformer: LTXVideoTransformer3DModel,
+    convention: str,
+    shape: LatentShape,
+    fps: float,
+    device: torch.device,
+    spatial: int = 32,
+    temporal: int = 8,
+) -> Rope:
+    """cos and sin, [1, T, D] float32, by the transformer's own table.
+
+    The time of latent frame j is 8·j/fps under "plain" (diffusers' LTXPipeline) and max(0, 8·j − 7)/fps under "causal"
+    (LTXConditionPipeline): the causal VAE's first latent frame holds one pixel frame, every other one eight.
+    """
+    like = torch.empty(1, 0, device=device)  # the table reads only its batch size and device
+    if convention == "plain":
+        scale = (temporal / fps, spatial, spatial)
+        return transformer.rope(like, shape.frames, shape.height, shape.width, rope_interpolation_scale=scale)
+    assert convention == "causal", f"no rope convention {convention!r}"
+    return transformer.rope(like, video_coords=causal_coordinates(shape, fps, device, spatial, temporal))
+
+
+def causal_coordinates(shape: LatentShape, fps: float, device: torch.device, spatial: int, temporal: int) -> Tensor:
+    """Seconds, rows and columns in pixels of every token: [1, 3, T] float32."""
+    sizes = (shape.frames, shape.height, shape.width)
+    frames, rows, columns = torch.meshgrid(*(torch.arange(size, device=device) for size in sizes), indexing="ij")
+    frames = (frames * temporal + 1 - temporal).clamp(min=0)
+    grid = torch.stack([frames, rows * spatial, columns * spatial]).flatten(1)[None].float()
+    grid[:, 0] = grid[:, 0] * (1.0 / fps)
+    return grid
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How each part is made, on demand, on the device and in the dtype it is given. Made by `load.py` and `tiny.py`."""
+
+    transformer: Callable[[torch.device, torch.dtype], LTXVideoTransformer3DModel]
+    vae: Callable[[torch.device, torch.dtype], AutoencoderKLLTXVideo]
+    text_encoder: Callable[[torch.device, torch.dtype], tuple[T5EncoderModel, PreTrainedTokenizerBase]]
+    scheduler: Callable[[], FlowMatchEulerDiscreteScheduler]
+
+
+class LTXVideo:
+    """An LTX-Video base model; see `interface.VideoModel` for what each method promises.
+
+    `dtype` is the transformer's. The encoders' dtypes are float32 on a CPU and bfloat16 elsewhere unless given.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        rope: str,
+        parts: Parts,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        vae_dtype: torch.dtype | None = None,
+        text_dtype: torch.dtype | None = None,
+    ) -> None:
+        usual = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self.spec, self.rope, self.device, self.dtype = spec, rope, device, dtype
+        self.vae_dtype, self.text_dtype = vae_dtype or usual, text_dtype or usual
+        self._parts = parts
+        self._transformer: LTXVideoTransformer3DModel | None = None
+        self._vae: AutoencoderKLLTXVideo | None = None
+        self._text_encoder: tuple[T5EncoderModel, PreTrainedTokenizerBase] | None = None
+        self._checkpoint_every = 0
+        self._rope_tables: dict[tuple[LatentShape, float], Rope] = {}
+
+    @property
+    def transformer(self) -> LTXVideoTransformer3DModel:
+        assert self._transformer is not None, "the transformer is not loaded: call load_transformer()"
+        return self._transformer
+
+    def load_transformer(self) -> None:
+        if self._transformer is None:
+            transformer = self._parts.transformer(self.device, self.dtype)
+            self._transformer = transformer.requires_grad_(False).eval()
+
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.transformer.transformer_blocks
+
+    def set_checkpointing(self, every: int) -> None:
+        assert every >= 0
+        self._checkpoint_every = every
+
+    def predict(self, noisy: Noisy, prompts: PromptBatch) -> Tensor:
+        assert noisy.tokens.shape[1] == noisy.shape.tokens
+        prompts = PromptBatch(prompts.embeds.to(self.device, self.dtype), prompts.mask.to(self.device))
+        tokens, timesteps = noisy.tokens.to(self.device, self.dtype), noisy.timesteps.to(self.device)
+        rope = self._rope_for(noisy.shape, noisy.fps)
+        return transformer_forward(self.transformer, tokens, prompts, timesteps, rope, self._checkpoint_every)
+
+    def _rope_for(self, shape: LatentShape, fps: float) -> Rope:
+        key = (shape, fps)
+        if key not in self._rope_tables:
+            while len(self._rope_tables) >= ROPE_TABLES_KEPT:
+                del self._rope_tables[next(iter(self._rope_tables))]
+            factors = self.spec.spatial_factor, self.spec.temporal_factor
+            self._rope_tables[key] = rope_tables(self.transformer, self.rope, shape, fps, self.device, *factors)
+        return self._rope_tables[key]
+
+    @contextlib.contextmanager
+    def text_encoder(self) -> Iterator[None]:
+        assert self._vae is None, "the VAE must be freed before the text encoder loads"
+        assert self._text_encoder is None, "the text encoder is loaded already"
+        try:
+            self._text_encoder = self._parts.text_encoder(self.device, self.text_dtype)
+            yield
+        finally:
+            self._text_encoder = None
+            release_memory(self.device)
+
+    @contextlib.contextmanager
+    def vae(self) -> Iterator[None]:
+        assert self._text_encoder is None, "the text encoder must be freed before the VAE loads"
+        assert self._vae is None, "the VAE is loaded already"
+        try:
+            self._vae = self._parts.vae(self.device, self.vae_dtype).requires_grad_(False).eval()
+            yield
+        finally:
+            self._vae = None
+            release_memory(self.device)
+
+    @torch.no_grad()
+    def encode_prompts(self, captions: Sequence[str], tokens: int) -> list[PromptEmbeddings]:
+        """Exactly diffusers' encoding: padded to `tokens`, the encoder itself unmasked; then trimmed.
+
+        One caption at a time, so that its bits do not depend on its neighbours.
+        """
+        assert self._text_encoder is not None, "encode_prompts works inside text_encoder()"
+        encoder, tokenizer = self._text_encoder
+        encoded = []
+        for caption in captions:
+            words = tokenizer(
+                [caption],
+                padding="max_length",
+                max_length=tokens,
+                truncation=True,
+                add_special_tokens=True,
+                return_tensors="pt",
+            )
+            embeds = encoder(words.input_ids.to(self.device))[0][0]
+            encoded.append(PromptEmbeddings(embeds[: int(words.attention_mask.sum())].cpu().clone()))
+        return encoded
+
+    @torch.no_grad()
+    def encode_clip(self, frames: Tensor) -> Latents:
+        vae = self._loaded_vae()
+        count, height, width, channels = frames.shape
+        assert frames.dtype == torch.uint8 and channels == 3, "frames are uint8 [N, height, width, 3]"
+        assert is_legal_frames(count, self.spec.temporal_factor), f"{count} frames are not 8k + 1"
+        assert is_legal_side(height, self.spec.spatial_factor) and is_legal_side(width, self.spec.spatial_factor)
+        pixels = frames.to(self.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
+        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+        mean, std, scale = vae_statistics(vae)
+        centred = (posterior.mean.float() - mean) * scale / std
+        return Latents(centred[0].cpu(), (posterior.std.float() * scale / std)[0].cpu())
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `VideoModel.decode`. Deterministic: 0.9.1's decoder draws noise, here always the same."""
+        vae = self._loaded_vae()
+        mean, std, scale = vae_statistics(vae)
+        latents = latents.to(self.device, torch.float32)[None] * std / scale + mean
+        timestep = None
+        if vae.config.timestep_conditioning:
+            timestep = torch.tensor([self.spec.sampling.decode_timestep], device=self.device, dtype=vae.dtype)
+        with fixed_randomness(self.device):
+            pixels = vae.decode(latents.to(vae.dtype), timestep, return_dict=False)[0]
+        frames = ((pixels[0].float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return frames.permute(1, 2, 3, 0).cpu()
+
+    def pipeline(self, with_image: bool) -> LTXPipeline | LTXImageToVideoPipeline | LTXConditionPipeline:
+        """diffusers' pipeline of the rope convention; prompts go in as embeddings, there is no text encoder.
+
+        The VAE is cast to the transformer's dtype, in which the pipelines hand latents over.
+        """
+        vae = cast(self._loaded_vae(), self.device, self.dtype)
+        plain = LTXImageToVideoPipeline if with_image else LTXPipeline
+        kind = LTXConditionPipeline if self.rope == "causal" else plain
+        made = kind(
+            scheduler=self._parts.scheduler(),
+            vae=vae,
+            text_encoder=None,
+            tokenizer=None,
+            transformer=self.transformer,
+        )
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    def _loaded_vae(self) -> AutoencoderKLLTXVideo:
+        assert self._vae is not None, "this works inside vae()"
+        return self._vae
+
+
+def vae_statistics(vae: AutoencoderKLLTXVideo) -> tuple[Tensor, Tensor, float]:
+    """The VAE's own latents mean and std, [1, C, 1, 1, 1] float32, and its scaling factor."""
+    mean, std = (buffer.float().view(1, -1, 1, 1, 1) for buffer in (vae.latents_mean, vae.latents_std))
+    return mean, std, float(vae.config.scaling_factor)
+
+
+def cast(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
+    """`module.to(device, dtype)` without diffusers' override, which warns about float32 parts that LTX has not."""
+    return nn.Module.to(module, device, dtype)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give freed weights back to the device, so that the next part finds the room."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
+
+
+@contextlib.contextmanager
+def fixed_randomness(device: torch.device) -> Iterator[None]:
+    """The default generators seeded for a while and then put back; nothing outside sees a draw."""
+    devices: list[Any] = [] if device.type == "cpu" else [device]
+    kind = "cuda" if device.type == "cpu" else device.type
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        torch.default_generator.manual_seed(DECODE_NOISE_SEED)
+        if devices:
+            torch.get_device_module(device).manual_seed(DECODE_NOISE_SEED)
+        yield
