@@ -60,7 +60,7 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """The machine's part. `kind` is cuda, rocm, mps or cpu; `exactness` is "exact" or "statistical", with its reason."""
+    """The machine's part. `kind` is cuda, rocm, mps or cpu; `exactness` is "exact" or "statistical"."""
 
     kind: str
     precision: str

@@ -112,6 +112,3 @@ def without_adapter(transformer: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(enabled=True)
-            for parameter in layer.parameters(recurse=True):
-                if parameter is getattr(getattr(layer, "base_layer", None), "weight", None):
-                    parameter.requires_grad_(False)

@@ -17,7 +17,7 @@ class LoraLinear(lora.Linear):
     """PEFT's LoRA linear with an explicit precision rule. Plain LoRA, one active adapter, nothing merged."""
 
     def forward(self, x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        """x: [..., in_features] → [..., out_features], in x's dtype. Disabled, it is the base layer and nothing else."""
+        """x: [..., in_features] → [..., out_features], in x's dtype. Disabled, it is the base layer alone."""
         result = self.base_layer(x)
         if self.disable_adapters:
             return result

@@ -1,0 +1,131 @@
+"""Which samples a micro-batch holds, as a function of the step: no iterator, no state, nothing to restore.
+
+An epoch visits every sample `repeats` times. Within a bucket the order is a permutation addressed by (seed, epoch,
+bucket); it is cut into micro-batches of equal shape, the last of which may be smaller; and the micro-batches of all
+buckets are permuted again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ltxforge.dataset.cache import Cache
+from ltxforge.dataset.encode import CachedData, CachedSample, read
+from ltxforge.models.interface import PromptEmbeddings
+from ltxforge.plan import Plan
+from ltxforge.randomness import address, permutation, uniform
+from ltxforge.shapes import ClipShape, LatentShape
+
+
+@dataclass(frozen=True)
+class BatchIndex:
+    """Which samples (positions in the data) a micro-batch holds, and the first one's index within the whole step."""
+
+    samples: tuple[int, ...]
+    first_index: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the host.
+
+    Attributes:
+        latents: [B, C, F, Y, X] float32, normalised.
+        prompts: one per sample; the empty prompt's where the caption was dropped.
+        clean: [B, T] bool, tokens kept clean (first-frame conditioning).
+    """
+
+    latents: Tensor
+    prompts: list[PromptEmbeddings]
+    clean: Tensor
+    shape: LatentShape
+    fps: float
+    samples: tuple[CachedSample, ...]
+    first_index: int
+
+
+class Batches:
+    """The batches of a run: `index_at` says what, `load` reads it."""
+
+    def __init__(self, plan: Plan, data: CachedData, cache: Cache) -> None:
+        self._plan, self._data, self._cache = plan, data, cache
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+
+    @property
+    def per_epoch(self) -> int:
+        """Micro-batches in one epoch."""
+        return len(self._epoch(0))
+
+    def epoch_at(self, step: int) -> float:
+        """How many passes over the data are behind once update `step` is done."""
+        return step * self._plan.training.accumulate / self.per_epoch
+
+    def index_at(self, step: int, micro: int) -> BatchIndex:
+        """The micro-batch `micro` (from 0) of update `step` (from 1)."""
+        before = sum(len(self._samples(step, earlier)) for earlier in range(micro))
+        return BatchIndex(self._samples(step, micro), before)
+
+    def count_at(self, step: int) -> int:
+        """Samples in the whole step: the loss's divisor, known before the first forward."""
+        return sum(len(self._samples(step, micro)) for micro in range(self._plan.training.accumulate))
+
+    def load(self, step: int, micro: int) -> Batch:
+        """Read a micro-batch from the cache, each entry verified, with its draws made."""
+        index = self.index_at(step, micro)
+        chosen = tuple(self._data.samples[position] for position in index.samples)
+        numbers = range(index.first_index, index.first_index + len(chosen))
+        shape = chosen[0].sample.shape.latent()
+        return Batch(
+            latents=torch.stack([self._latents(item, step, n) for item, n in zip(chosen, numbers, strict=True)]),
+            prompts=[self._prompt(item, step, n) for item, n in zip(chosen, numbers, strict=True)],
+            clean=torch.stack([self._clean(shape, step, n) for n in numbers]),
+            shape=shape,
+            fps=chosen[0].sample.fps,
+            samples=chosen,
+            first_index=index.first_index,
+        )
+
+    def _samples(self, step: int, micro: int) -> tuple[int, ...]:
+        number = (step - 1) * self._plan.training.accumulate + micro
+        return self._epoch(number // self.per_epoch)[number % self.per_epoch]
+
+    def _make_epoch(self, epoch: int) -> Sequence[tuple[int, ...]]:
+        seed, size = self._plan.seed, self._plan.training.batch_size
+        batches: list[tuple[int, ...]] = []
+        for number, members in enumerate(self._buckets()):
+            order = permutation(members, seed, "order", epoch, number)
+            batches += [tuple(order[start : start + size]) for start in range(0, len(order), size)]
+        return permutation(batches, seed, "batches", epoch)
+
+    def _buckets(self) -> list[list[int]]:
+        """Positions of the samples by shape and rate, each as often as it is repeated."""
+        found: dict[tuple[ClipShape, float], list[int]] = {}
+        for position, item in enumerate(self._data.samples):
+            members = found.setdefault((item.sample.shape, item.sample.fps), [])
+            members += [position] * item.sample.repeats
+        return [found[key] for key in sorted(found)]
+
+    def _latents(self, item: CachedSample, step: int, index: int) -> Tensor:
+        tensors = read(self._cache, "latents", item.latents_key)
+        if "std" not in tensors:
+            return tensors["mean"]
+        generator = torch.Generator().manual_seed(address(self._plan.seed, "posterior", step, index))
+        return tensors["mean"] + tensors["std"] * torch.randn(tensors["mean"].shape, generator=generator)
+
+    def _prompt(self, item: CachedSample, step: int, index: int) -> PromptEmbeddings:
+        dropped = uniform(self._plan.seed, "caption", step, index) < self._plan.conditioning.caption_dropout
+        key = self._data.empty_prompt_key if dropped else item.prompt_key
+        return PromptEmbeddings(read(self._cache, "prompts", key)["embeds"])
+
+    def _clean(self, shape: LatentShape, step: int, index: int) -> Tensor:
+        """[T]: the first latent frame's tokens, if the draw says so and there is more than one frame."""
+        clean = torch.zeros(shape.tokens, dtype=torch.bool)
+        drawn = uniform(self._plan.seed, "first-frame", step, index) < self._plan.conditioning.first_frame
+        if drawn and shape.frames > 1:
+            clean[: shape.height * shape.width] = True
+        return clean

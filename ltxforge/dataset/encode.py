@@ -1,0 +1,251 @@
+"""Fills the cache with functions that the model lends: first all prompts, then all latents, one encoder at a time.
+
+Decides what is missing and in which order it is made. Entries that are there and verify are not touched, so an
+interrupted caching goes on where it stopped. Text encoder and VAE are never loaded together, and not at all when
+nothing is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ltxforge.dataset.cache import Cache, Key, key_text
+from ltxforge.errors import DataError, Stopped
+from ltxforge.events import ClipJudged, Emit, Note, PhaseAdvanced, PhaseEnded, PhaseStarted
+from ltxforge.media.decode import RESIZE, DecodeError, decode
+from ltxforge.models.interface import Latents, PromptEmbeddings
+from ltxforge.plan import Plan, SamplePlan
+from ltxforge.signals import StopRequest
+
+# Raised by hand when an encoding changes meaning; tests/dataset/test_encode.py holds the values they guard.
+LATENTS_VERSION = 1
+PROMPTS_VERSION = 1
+PROMPTS_AT_ONCE = 8
+
+
+class Encoders(Protocol):
+    """What caching needs of a model (see models/interface.py)."""
+
+    encode_dtype: torch.dtype
+    text_dtype: torch.dtype
+
+    def text_encoder(self) -> AbstractContextManager[Any]: ...
+    def vae(self) -> AbstractContextManager[Any]: ...
+    def encode_prompts(self, captions: Sequence[str], tokens: int) -> list[PromptEmbeddings]: ...
+    def encode_clip(self, frames: torch.Tensor) -> Latents: ...
+
+
+@dataclass(frozen=True)
+class CachedSample:
+    """A sample with the keys of its cache entries and the digest of its latents."""
+
+    sample: SamplePlan
+    latents_key: Key
+    latents_digest: str
+    prompt_key: Key
+    prompt_digest: str
+
+    @property
+    def identity(self) -> str:
+        """Which data this is, whatever bits the encoders gave."""
+        return hashlib.sha256((key_text(self.latents_key) + key_text(self.prompt_key)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class CachedData:
+    """Everything a run trains on: samples in plan order, and the empty prompt for caption dropout."""
+
+    samples: tuple[CachedSample, ...]
+    empty_prompt_key: Key
+
+    def to_json(self) -> dict[str, Any]:
+        """The run's data manifest: identity and content digest of each sample."""
+        return {
+            "samples": [
+                {"path": item.sample.path, "identity": item.identity,
+                 "latents": item.latents_digest, "prompt": item.prompt_digest}
+                for item in self.samples
+            ]
+        }  # fmt: skip
+
+
+def latents_key(plan: Plan, sample: SamplePlan, dtype: torch.dtype) -> Key:
+    """Everything that a sample's latents follow from."""
+    return {
+        "stage": "latents", "version": LATENTS_VERSION, "clip": sample.clip, "start": sample.start_seconds,
+        "fps": sample.fps, "shape": str(sample.shape), "resize": RESIZE, "latents": plan.cache.latents,
+        "vae": plan.model.components["vae"].digest, "dtype": str(dtype),
+    }  # fmt: skip
+
+
+def prompt_key(plan: Plan, caption: str, dtype: torch.dtype) -> Key:
+    """Everything that a caption's embeddings follow from."""
+    return {
+        "stage": "prompt", "version": PROMPTS_VERSION, "caption": caption, "dtype": str(dtype),
+        "tokens": plan.conditioning.prompt_tokens, "rule": "padded to tokens, stored trimmed",
+        "text_encoder": plan.model.components["text_encoder"].digest,
+        "tokenizer": plan.model.components["tokenizer"].digest,
+    }  # fmt: skip
+
+
+def fill(plan: Plan, model: Encoders, cache: Cache, emit: Emit, stop: StopRequest) -> CachedData:
+    """Make every missing entry and return what the run trains on.
+
+    Raises:
+        DataError: nothing is left to train on.
+        Stopped: a stop was requested; what was made stays.
+    """
+    prompts = fill_prompts(plan, model, cache, emit, stop)
+    digests = _fill_latents(plan, model, cache, emit, stop)
+    samples = tuple(
+        CachedSample(
+            sample=sample,
+            latents_key=latents_key(plan, sample, model.encode_dtype),
+            latents_digest=digests[sample],
+            prompt_key=prompt_key(plan, sample.caption, model.text_dtype),
+            prompt_digest=prompts[sample.caption],
+        )
+        for sample in plan.data.samples
+        if sample in digests
+    )
+    if not samples:
+        raise DataError("no clip could be decoded, so there is nothing to train on")
+    return CachedData(samples, prompt_key(plan, "", model.text_dtype))
+
+
+def fill_prompts(plan: Plan, model: Encoders, cache: Cache, emit: Emit, stop: StopRequest) -> dict[str, str]:
+    """Encode all captions and validation prompts; returns caption → digest of its entry."""
+    captions = sorted({"", *(s.caption for s in plan.data.samples), *validation_captions(plan)})
+    phase = _Phase("prompts", len(captions), emit, stop)
+    found = {caption: cache.read("prompts", prompt_key(plan, caption, model.text_dtype)) for caption in captions}
+    digests = {caption: entry.digest for caption, entry in found.items() if entry}
+    phase.advance(len(digests), "already cached")
+    missing = [caption for caption in captions if caption not in digests]
+    at_limit = 0
+    if missing:
+        with model.text_encoder():
+            for start in range(0, len(missing), PROMPTS_AT_ONCE):
+                part = missing[start : start + PROMPTS_AT_ONCE]
+                encoded = model.encode_prompts(part, plan.conditioning.prompt_tokens)
+                for caption, prompt in zip(part, encoded, strict=True):
+                    key = prompt_key(plan, caption, model.text_dtype)
+                    digests[caption] = cache.write("prompts", key, {"embeds": prompt.embeds}).digest
+                    at_limit += prompt.embeds.shape[0] >= plan.conditioning.prompt_tokens
+                phase.advance(len(part))
+    if at_limit:
+        limit = plan.conditioning.prompt_tokens
+        emit(Note(f"{at_limit} captions reach the limit of {limit} tokens and may be cut", "warning"))
+    phase.end()
+    return digests
+
+
+def validation_captions(plan: Plan) -> set[str]:
+    """Texts that validation needs embedded: prompts, and negative prompts where guidance uses them."""
+    prompts = plan.validation.prompts
+    return {p.prompt for p in prompts} | {p.negative_prompt for p in prompts if p.guidance > 1}
+
+
+def read_prompt(plan: Plan, cache: Cache, caption: str, dtype: torch.dtype) -> PromptEmbeddings:
+    """A cached prompt. Raises DataError when its entry was damaged after caching."""
+    return PromptEmbeddings(read(cache, "prompts", prompt_key(plan, caption, dtype))["embeds"])
+
+
+def read(cache: Cache, kind: str, key: Key) -> dict[str, torch.Tensor]:
+    """A cache entry that caching has made sure of."""
+    entry = cache.read(kind, key)
+    if entry is None:
+        raise DataError(
+            f"a cache entry ({kind}) was damaged or removed while the run used it",
+            where=str(cache.path(kind, key)), remedy="Start the same command again: it is made anew.",
+        )  # fmt: skip
+    return entry.tensors
+
+
+def _fill_latents(
+    plan: Plan, model: Encoders, cache: Cache, emit: Emit, stop: StopRequest
+) -> dict[SamplePlan, str]:  # fmt: skip
+    phase = _Phase("latents", len(plan.data.samples), emit, stop)
+    keys = {sample: latents_key(plan, sample, model.encode_dtype) for sample in plan.data.samples}
+    digests = {}
+    for sample, key in keys.items():
+        if entry := cache.read("latents", key):
+            digests[sample] = entry.digest
+            phase.advance(1, Path(sample.path).name)
+    missing = [sample for sample in plan.data.samples if sample not in digests]
+    failed: dict[str, list[str]] = {}
+    if missing:
+        with model.vae():
+            for sample, frames in _decoded_ahead(missing):
+                if isinstance(frames, DecodeError):
+                    failed.setdefault(sample.path, []).append(str(frames))
+                else:
+                    latents = model.encode_clip(torch.from_numpy(frames))
+                    tensors = {"mean": latents.mean}
+                    if plan.cache.latents == "sample":
+                        tensors["std"] = latents.std
+                    digests[sample] = cache.write("latents", keys[sample], tensors).digest
+                phase.advance(1, Path(sample.path).name)
+    for path, reasons in failed.items():
+        left = sum(sample.path == path for sample in digests)
+        verdict = "ok" if left else "rejected"
+        text = f"{len(reasons)} of {left + len(reasons)} windows cannot be decoded: {reasons[0]}"
+        emit(ClipJudged(path, verdict, "" if left else text, (text,) if left else (), left))
+    phase.end()
+    return digests
+
+
+def _decoded_ahead(samples: Sequence[SamplePlan]) -> Iterator[tuple[SamplePlan, np.ndarray | DecodeError]]:
+    """Each sample's frames [N, H, W, 3], the next one being decoded while the caller encodes this one."""
+
+    def frames(sample: SamplePlan) -> np.ndarray | DecodeError:
+        times = [sample.start_seconds + n / sample.fps for n in range(sample.shape.frames)]
+        try:
+            return decode(Path(sample.path), times, (sample.shape.width, sample.shape.height))
+        except DecodeError as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        yield from zip(samples, _one_ahead(lambda sample: reader.submit(frames, sample), samples), strict=True)
+
+
+def _one_ahead(submit: Callable[[SamplePlan], Any], samples: Iterable[SamplePlan]) -> Iterator[Any]:
+    waiting = None
+    for sample in samples:
+        following = submit(sample)
+        if waiting is not None:
+            yield waiting.result()
+        waiting = following
+    if waiting is not None:
+        yield waiting.result()
+
+
+class _Phase:
+    """Progress of one caching phase; raises Stopped between units of work."""
+
+    def __init__(self, name: str, total: int, emit: Emit, stop: StopRequest) -> None:
+        self.name, self.done, self._emit, self._stop = name, 0, emit, stop
+        self._started = time.monotonic()
+        emit(PhaseStarted(name, total))
+
+    def advance(self, count: int, detail: str = "") -> None:
+        self.done += count
+        if count:
+            self._emit(PhaseAdvanced(self.name, self.done, detail))
+        if self._stop.requested:
+            raise Stopped(
+                self._stop.signal_number, f"stopped while caching {self.name}",
+                remedy="What is cached stays. Start the same command again to continue.",
+            )  # fmt: skip
+
+    def end(self) -> None:
+        self._emit(PhaseEnded(self.name, time.monotonic() - self._started))

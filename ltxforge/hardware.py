@@ -1,0 +1,78 @@
+"""The facts of this machine: which device, what it can, and the versions that results depend on.
+
+Facts only; what follows from them is decided by the planner. The one place that names devices.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from ltxforge import __version__
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device. `kind` is cuda, rocm, mps or cpu; capability is (major, minor) on cuda and (0, 0) elsewhere."""
+
+    kind: str
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+    has_bf16: bool
+    threads: int
+    versions: dict[str, str]
+    missing: tuple[str, ...]
+
+    @property
+    def torch_device(self) -> str:
+        """torch's name for it: rocm is spelt cuda there."""
+        return "cuda" if self.kind == "rocm" else self.kind
+
+
+def detect() -> Hardware:
+    """Look at the machine: the first GPU if there is one, else Apple's, else the CPU."""
+    kind, name, capability, memory, has_bf16 = _device()
+    return Hardware(
+        kind=kind, name=name, capability=capability, memory_bytes=memory, has_bf16=has_bf16,
+        threads=torch.get_num_threads(), versions=_versions(), missing=_missing(kind),
+    )  # fmt: skip
+
+
+def _device() -> tuple[str, str, tuple[int, int], int, bool]:
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        kind = "rocm" if torch.version.hip else "cuda"
+        return (
+            kind, properties.name, (properties.major, properties.minor), properties.total_memory,
+            torch.cuda.is_bf16_supported(including_emulation=False),
+        )  # fmt: skip
+    if torch.backends.mps.is_available():
+        return "mps", platform.processor() or "Apple GPU", (0, 0), 0, True
+    return "cpu", platform.processor() or platform.machine(), (0, 0), 0, False
+
+
+def _versions() -> dict[str, str]:
+    """What bits depend on: torch, the CPU's vector units, the number of threads."""
+    return {
+        "ltxforge": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _missing(kind: str) -> tuple[str, ...]:
+    """What this device or installation lacks, one line each, for the plan."""
+    lines = []
+    if kind == "cpu":
+        lines.append("no GPU: computes on the CPU in fp32, which is only meant for tiny models and tests")
+    if kind == "mps":
+        lines.append("Apple GPU: no Triton, bitsandbytes or SageAttention; plain PyTorch is used")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        lines.append("bitsandbytes is not installed: adamw-8bit is not available")
+    return tuple(lines)
