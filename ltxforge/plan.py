@@ -60,22 +60,26 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """The machine's part. `kind` is cuda, rocm, mps or cpu; `exactness` is "exact" or "statistical"."""
+    """The machine's part. `kind` is cuda, rocm, mps or cpu; `exactness` is "exact" or "statistical".
 
-    kind: str
+    A run may go on on another device or version, but then no longer bit for bit: the resume says so.
+    """
+
     precision: str
-    attention: str
-    exactness: str
-    exactness_reason: str
+    kind: str = free()
+    attention: str = free()
+    exactness: str = free()
+    exactness_reason: str = free()
     name: str = free(default="")
     versions: dict[str, str] = free(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """Samples of one size. `samples` counts windows, `tokens` the transformer's sequence length."""
+    """Samples of one size and rate. `samples` counts windows times repeats, `tokens` is the sequence length T."""
 
     shape: ClipShape
+    fps: float
     tokens: int
     samples: int
 
@@ -103,7 +107,6 @@ class DataPlan:
 
     samples: tuple[SamplePlan, ...]
     buckets: tuple[BucketPlan, ...]
-    fps: float
     max_rejected: float = free(default=0.05)
 
     @property
