@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from ltxforge.durable import is_safe_name
 from ltxforge.errors import PlanError
 from ltxforge.validation.prompts import MAX_BYTES, PromptEntry, read_library, safe_spelling

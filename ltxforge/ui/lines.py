@@ -1,0 +1,98 @@
+"""One event as one line of text, for every screen. Torch-free.
+
+Decides the wording. Which events are shown, and when, is each screen's part; what repeats many times a minute
+(`StepDone`, `PhaseAdvanced`) has a line too and it is for the screen to hold it back.
+"""
+
+from __future__ import annotations
+
+from ltxforge.events import (
+    CheckpointSaved,
+    ClipJudged,
+    Event,
+    LoraExported,
+    LoraInjected,
+    Note,
+    PhaseAdvanced,
+    PhaseEnded,
+    PhaseStarted,
+    Resumed,
+    RunEnded,
+    SampleReady,
+    StepDone,
+)
+from ltxforge.ui.pace import Pace
+from ltxforge.ui.text import counted, duration, loss, number, printable, size, time_left
+
+LABEL_WIDTH = 11
+UNITS = {"scan": "clip", "prompts": "caption", "latents": "sample", "train": "step", "validate": "denoising step"}
+
+
+def line(event: Event) -> tuple[str, str] | None:
+    """The event's label and text, without control characters, or None for one that has no line of its own."""
+    found = _phase(event) or _progress(event) or _output(event)
+    return (found[0], printable(found[1])) if found else None
+
+
+def step_text(event: StepDone, pace: Pace) -> str:
+    """Loss, its running mean, learning rate, speed and time left, as the live lines show them."""
+    losses = f"loss {loss(event.loss)}  mean {loss(pace.loss)}"
+    return f"{losses}  lr {event.learning_rate:.2e}  {pace.speed}  {time_left(pace.seconds_left)}".rstrip()
+
+
+def _phase(event: Event) -> tuple[str, str] | None:
+    match event:
+        case PhaseStarted():
+            return event.phase, _joined(counted(event.total, UNITS.get(event.phase, "part")), event.detail)
+        case PhaseAdvanced():
+            return event.phase, _joined(f"{event.done} done", event.detail)
+        case PhaseEnded():
+            return event.phase, _joined(f"done in {duration(event.seconds)}", event.detail)
+    return None
+
+
+def _progress(event: Event) -> tuple[str, str] | None:
+    match event:
+        case Note():
+            return ("warning" if event.level == "warning" else "note"), event.text
+        case ClipJudged():
+            return event.verdict, _joined(event.path, event.reason, *event.warnings)
+        case Resumed():
+            refused = (f"damaged and passed over: {name}" for name in event.refused)
+            return "resumed", _joined(f"after step {event.step}, from {event.checkpoint}", *refused)
+        case StepDone():
+            return "step", f"{event.step}/{event.steps}  loss {loss(event.loss)}  lr {event.learning_rate:.2e}"
+    return None
+
+
+def _output(event: Event) -> tuple[str, str] | None:
+    match event:
+        case LoraInjected():
+            return "lora", lora_text(event)
+        case CheckpointSaved():
+            return "checkpoint", f"step {event.step}, {size(event.bytes)} in {duration(event.seconds)}: {event.path}"
+        case SampleReady():
+            return "sample", f"step {event.step}, {event.name} in {duration(event.seconds)}: {event.contact_sheet}"
+        case LoraExported():
+            return "lora", f"saved after step {event.step}, {size(event.bytes)}: {event.path}"
+        case RunEnded():
+            return event.outcome, f"after step {event.step}, {duration(event.seconds)}"
+    return None
+
+
+def lora_text(event: LoraInjected) -> str:
+    """What the adapter matched, in one line; each target with its count."""
+    report = event.report
+    targets = ", ".join(f"{target} {count}" for target, count in report.get("by_target", {}).items())
+    layers = counted(report.get("layers", 0), "layer") + (f" ({targets})" if targets else "")
+    outside = report.get("outside") or ()
+    return _joined(
+        layers,
+        f"{report.get('parameters', 0):,} trained parameters",
+        f"file {size(report.get('file_bytes', 0))}",
+        f"{number(len(outside))} outside the blocks, which not every program reads" if outside else "",
+    )
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(filter(None, parts))
