@@ -3,8 +3,9 @@
 Data only; reads no file and decides nothing about a run. `models/detect.py` finds out which version a file is,
 `models/tiny.py` holds the small random twins that stand in for weights.
 
-Sources: diffusers `scripts/convert_ltx_to_diffusers.py` (wiring, schedulers), the model cards on the Hub (sampling,
-licences), Lightricks' LTX-Video-Trainer (token-count shift).
+Sources: diffusers `scripts/convert_ltx_to_diffusers.py` (wiring, schedulers); Lightricks' LTX-Video repository,
+`configs/*.yaml` (steps, guidance, decoding) and the model card of Lightricks/LTX-Video (licences); diffusers' LTX page
+(13B guidance without the spatio-temporal one); Lightricks' LTX-Video-Trainer (0.9.6 and 0.9.7 use 0.9.5's VAE).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class ModelSpec:
     `rope` is the version's convention for the time coordinate of latent frame j, used where the weights themselves do
     not say: "plain" 8·j/fps (diffusers' LTXPipeline) or "causal" max(0, 8·j − 7)/fps (LTXConditionPipeline).
     `vae_family` names encoders whose latents are interchangeable: 0.9.0 and 0.9.1 share an encoder's layout but not
-    its weights, and 0.9.5 and later share theirs.
+    its weights, and 0.9.5 and later share theirs. `hub` is where the version is published, as a recipe's source.
     """
 
     version: str
@@ -82,8 +83,11 @@ class ModelSpec:
         return self.transformer_config["caption_channels"]
 
 
-RAIL_M = Licence("LTX-Video 0.9 RAIL-M", "https://huggingface.co/Lightricks/LTX-Video")
-OPEN_RAIL_M = Licence("LTX-Video Open Weights (OpenRAIL-M)", "https://huggingface.co/Lightricks/LTX-Video")
+_HUB = "https://huggingface.co/Lightricks/LTX-Video/blob/main"
+LICENCE_090 = Licence("LTX-Video 2B v0.9 RAIL-M", f"{_HUB}/ltx-video-2b-v0.9.license.txt")
+LICENCE_091 = Licence("LTX-Video 2B v0.9.1 RAIL-M", f"{_HUB}/ltx-video-2b-v0.9.1.license.txt")
+LICENCE_095 = Licence("LTX-Video 2B v0.9.5 OpenRAIL-M", f"{_HUB}/ltx-video-2b-v0.9.5.license.txt")
+LICENCE_OPEN_WEIGHTS = Licence("LTX-Video Open Weights License 0.X", f"{_HUB}/LTX-Video-Open-Weights-License-0.X.txt")
 
 TRANSFORMER_2B: dict[str, Any] = {
     "in_channels": 128, "out_channels": 128, "patch_size": 1, "patch_size_t": 1,
@@ -135,32 +139,41 @@ SCHEDULER_DYNAMIC: dict[str, Any] = {
 # 0.9.5 and later: the pipeline brings its own linear-quadratic schedule.
 SCHEDULER_PLAIN: dict[str, Any] = {"use_dynamic_shifting": False}
 
-_DISTILLED = SamplingDefaults(8, 1.0, (1000.0, 993.0, 987.0, 981.0, 975.0, 909.0, 725.0, 0.03), 0.05, 0.025)
+# The steps that distilled weights were distilled for; their files list them as `allowed_inference_steps`. They are
+# the linear-quadratic schedule of eight steps.
+DISTILLED_TIMESTEPS = (1000.0, 993.75, 987.5, 981.25, 975.0, 909.375, 725.0, 421.875)
+_DISTILLED = SamplingDefaults(8, 1.0, DISTILLED_TIMESTEPS, 0.05, 0.025)
+_DEV_2B = SamplingDefaults(40, 3.0, (), 0.05, 0.025)
+_DEV_13B = SamplingDefaults(30, 5.0, (), 0.05, 0.025)
 
 
-def _spec(version: str, hub: str, base: ModelSpec | None = None, **changes: Any) -> ModelSpec:
-    if base is not None:
-        return dataclasses.replace(base, version=version, hub=hub, **changes)
-    return ModelSpec(version=version, hub=hub, **changes)
+def _from(base: ModelSpec, version: str, hub: str, **changes: Any) -> ModelSpec:
+    return dataclasses.replace(base, version=version, hub=hub, **changes)
 
 
-_V090 = _spec(
-    "0.9.0", "Lightricks/LTX-Video", family="ltx-video", parameters="2B", rope="plain", distilled=False,
-    vae_family="0.9.0", sampling=SamplingDefaults(50, 3.0), licence=RAIL_M,
+def _file(name: str) -> str:
+    return f"Lightricks/LTX-Video:{name}.safetensors"
+
+
+_V090 = ModelSpec(
+    version="0.9.0", hub="Lightricks/LTX-Video", family="ltx-video", parameters="2B", rope="plain", distilled=False,
+    vae_family="0.9.0", sampling=SamplingDefaults(40, 3.0), licence=LICENCE_090,
     transformer_config=TRANSFORMER_2B, vae_config=VAE_090, scheduler_config=SCHEDULER_DYNAMIC,
 )  # fmt: skip
-_V091 = _spec(
-    "0.9.1", "diffusers/LTX-Video-0.9.1", _V090, vae_family="0.9.1", vae_config=VAE_091,
-    sampling=SamplingDefaults(50, 3.0, (), 0.05, 0.025),
+_V091 = _from(
+    _V090, "0.9.1", _file("ltx-video-2b-v0.9.1"), vae_family="0.9.1", vae_config=VAE_091, licence=LICENCE_091,
+    sampling=_DEV_2B,
 )  # fmt: skip
-_V095 = _spec(
-    "0.9.5", "Lightricks/LTX-Video-0.9.5", _V091, rope="causal", vae_family="0.9.5", vae_config=VAE_095,
-    scheduler_config=SCHEDULER_PLAIN, licence=OPEN_RAIL_M, sampling=SamplingDefaults(40, 3.0, (), 0.05, 0.025),
+_V095 = _from(
+    _V091, "0.9.5", "Lightricks/LTX-Video-0.9.5", rope="causal", vae_family="0.9.5", vae_config=VAE_095,
+    scheduler_config=SCHEDULER_PLAIN, licence=LICENCE_095,
 )  # fmt: skip
-_V096 = _spec("0.9.6-dev", "Lightricks/LTX-Video", _V095)
-_V097 = _spec(
-    "0.9.7-dev", "Lightricks/LTX-Video-0.9.7-dev", _V095, parameters="13B", transformer_config=TRANSFORMER_13B
-)
+_V096 = _from(_V095, "0.9.6-dev", _file("ltxv-2b-0.9.6-dev-04-25"), licence=LICENCE_OPEN_WEIGHTS)
+_V097 = _from(
+    _V096, "0.9.7-dev", "Lightricks/LTX-Video-0.9.7-dev", parameters="13B", transformer_config=TRANSFORMER_13B,
+    sampling=_DEV_13B,
+)  # fmt: skip
+_MADE_DISTILLED: dict[str, Any] = {"distilled": True, "sampling": _DISTILLED}
 
 SPECS: dict[str, ModelSpec] = {
     spec.version: spec
@@ -169,14 +182,12 @@ SPECS: dict[str, ModelSpec] = {
         _V091,
         _V095,
         _V096,
-        _spec("0.9.6-distilled", "Lightricks/LTX-Video", _V096, distilled=True, sampling=_DISTILLED),
+        _from(_V096, "0.9.6-distilled", _file("ltxv-2b-0.9.6-distilled-04-25"), **_MADE_DISTILLED),
         _V097,
-        _spec("0.9.7-distilled", "Lightricks/LTX-Video-0.9.7-distilled", _V097, distilled=True, sampling=_DISTILLED),
-        _spec("0.9.8-dev", "Lightricks/LTX-Video", _V097),
-        _spec(
-            "0.9.8-distilled", "Lightricks/LTX-Video-0.9.8-13B-distilled", _V097, distilled=True, sampling=_DISTILLED
-        ),
-        _spec("0.9.8-2b-distilled", "Lightricks/LTX-Video", _V095, distilled=True, sampling=_DISTILLED),
+        _from(_V097, "0.9.7-distilled", "Lightricks/LTX-Video-0.9.7-distilled", **_MADE_DISTILLED),
+        _from(_V097, "0.9.8-dev", _file("ltxv-13b-0.9.8-dev")),
+        _from(_V097, "0.9.8-distilled", "Lightricks/LTX-Video-0.9.8-13B-distilled", **_MADE_DISTILLED),
+        _from(_V096, "0.9.8-2b-distilled", _file("ltxv-2b-0.9.8-distilled"), **_MADE_DISTILLED),
     )
 }
 """Every published LTX-Video version by name."""
@@ -223,3 +234,6 @@ TINY: dict[str, ModelSpec] = {
     ),
 }  # fmt: skip
 """Built-in small models with the real classes and ratios and random, seeded weights; by the name a recipe uses."""
+
+TINY_VERSION = 1
+"""Raised by hand when the weights of the built-in models change: part of their digests, and so of every cache key."""
