@@ -2,6 +2,9 @@
 
 Says what is legal within one key; rules between keys stand in `rules.py`. A default of None means that the planner
 decides, and the plan prints what it decided and why. Holds no number that depends on weights, data or machine.
+
+A check's message goes on after `key = value ` and may name the remedy after "; ", which the report prints beside the
+carets. A required key has an example: it is shown when the key is missing.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """`"768x512"` → (768, 512). Raises ValueError when it is not two numbers with an x between."""
     match = re.fullmatch(r"\s*(\d{1,6})\s*[x×]\s*(\d{1,6})\s*", text)
     if not match:
-        raise ValueError('a size is written "WIDTHxHEIGHT", for example "768x512"')
+        raise ValueError('is no size; write "WIDTHxHEIGHT", for example "768x512"')
     return int(match[1]), int(match[2])
 
 
@@ -35,50 +38,58 @@ def _check_size(text: str) -> str:
     width, height = parse_size(text)
     if not (is_legal_side(width) and is_legal_side(height)):
         nearest = "x".join(map(str, nearest_size(width, height)))
-        raise ValueError(f"both sides must be multiples of 32; nearest: {nearest}")
+        raise ValueError(f"cannot be encoded: both sides must be multiples of 32; nearest: {nearest}")
     if width * height > 2**24:
-        raise ValueError("this is more than 16 megapixels; no LTX model works at that size")
+        raise ValueError("has more than 16 megapixels; no LTX model works at that size")
     return text
 
 
 def _check_frames(frames: int) -> int:
     if not is_legal_frames(frames):
-        raise ValueError(f"the VAE needs 8k + 1 frames; nearest: {' or '.join(map(str, nearest_frames(frames)))}")
+        nearest = " or ".join(map(str, nearest_frames(frames)))
+        raise ValueError(f"cannot be encoded: the VAE needs 8k + 1 frames; nearest: {nearest}")
     return frames
 
 
 def _check_name(name: str) -> str:
     if not is_safe_name(name):
         raise ValueError(
-            "a name becomes a file name: lower-case letters, digits, - and _, at most 64, starting with a letter or"
-            " digit, and none that Windows reserves"
+            "cannot become a file name on every platform; at most 64 of a-z, 0-9, - and _, first a letter or digit"
         )
     return name
 
 
 def _check_not_blank(text: str) -> str:
     if not text.strip():
-        raise ValueError("this must not be empty")
+        raise ValueError("is empty; leave the key out to get its default, if it has one")
     if "\0" in text:
-        raise ValueError("this holds a NUL character")
+        raise ValueError("holds a NUL character; remove it")
     return text
+
+
+def _check_source(text: str) -> str:
+    if any(ord(character) < 32 for character in text):
+        raise ValueError(
+            "holds a control character; in \"…\" a backslash begins an escape, so write 'C:\\new' or C:/new"
+        )
+    return _check_not_blank(text)
 
 
 def _check_positive(number: float) -> float:
     if not number > 0 or math.isinf(number):
-        raise ValueError("this must be greater than 0")
+        raise ValueError("is out of range; it must be above 0")
     return number
 
 
 def _check_clip(number: float) -> float:
     if not number > 0:
-        raise ValueError("a bound of 0 would stop all learning; leave the key out to train without clipping")
+        raise ValueError("would stop all learning; it must be above 0, or leave the key out")
     return number
 
 
 def _check_alpha(number: float) -> float:
     if not number > 0:
-        raise ValueError("alpha 0 scales the LoRA to nothing; use the rank's value for scale 1")
+        raise ValueError("would scale the LoRA to nothing or turn it around; alpha = rank gives scale 1")
     return number
 
 
@@ -88,7 +99,7 @@ def _check_pattern(target: str) -> str:
         try:
             re.compile(target[3:])
         except re.error as error:
-            raise ValueError(f"the regular expression cannot be read: {error}") from error
+            raise ValueError(f"is no regular expression: {error}") from error
     return target
 
 
@@ -97,6 +108,7 @@ Frames = Annotated[int, Field(ge=1, le=10_001), AfterValidator(_check_frames)]
 Fps = Annotated[float, Field(gt=0, le=240)]
 Name = Annotated[str, AfterValidator(_check_name)]
 Text = Annotated[str, AfterValidator(_check_not_blank)]
+Source = Annotated[str, AfterValidator(_check_source)]
 Positive = Annotated[float, AfterValidator(_check_positive)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=100_000_000)]
@@ -105,15 +117,16 @@ Count = Annotated[int, Field(ge=1, le=100_000_000)]
 class Model(_Section):
     """The base model. Sources: a folder, a .safetensors file, or a Hub id `org/name[:path][@revision]`."""
 
-    base: Text = Field(
-        description="Folder, .safetensors file, Hub id, or a built-in tiny model such as tiny/ltx-video."
+    base: Source = Field(
+        description="Folder, .safetensors file, Hub id, or a built-in tiny model such as tiny/ltx-video.",
+        examples=["Lightricks/LTX-Video-0.9.5"],
     )
     version: Versions | None = Field(
         None, description="Only needed where the weights do not say; a claim that contradicts them is refused."
     )
-    transformer: Text | None = Field(None, description="A fine-tuned transformer to train on instead of the base's.")
-    vae: Text | None = Field(None, description="A VAE from another source.")
-    text_encoder: Text | None = Field(None, description="A T5 text encoder from another source.")
+    transformer: Source | None = Field(None, description="A fine-tuned transformer to train on instead of the base's.")
+    vae: Source | None = Field(None, description="A VAE from another source.")
+    text_encoder: Source | None = Field(None, description="A T5 text encoder from another source.")
     rope: Literal["auto", "plain", "causal"] = Field(
         "auto", description="Time coordinates: plain 8j/fps, causal max(0, 8j-7)/fps; auto follows the weights."
     )
@@ -122,7 +135,7 @@ class Model(_Section):
 class Run(_Section):
     """The run as a whole."""
 
-    directory: Text | None = Field(None, description="Where the run lives; default runs/<recipe name>.")
+    directory: Source | None = Field(None, description="Where the run lives; default runs/<recipe name>.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="Every random draw follows from it.")
     steps: Count | None = Field(None, description="Length in optimiser updates; or give epochs.")
     epochs: Annotated[float, Field(gt=0, le=1_000_000)] | None = Field(
@@ -139,7 +152,9 @@ class Run(_Section):
 class Dataset(_Section):
     """One folder of clips, each with its caption in a .txt file of the same name."""
 
-    path: Text = Field(description="Folder with clips and captions; builtin/shapes is a small rendered set.")
+    path: Source = Field(
+        description="Folder with clips and captions; builtin/shapes is a small rendered set.", examples=["clips"]
+    )
     id: Name | None = Field(None, description="A name for this dataset; default: the folder's.")
     resolution: Size = Field("768x512", description='Training size "WIDTHxHEIGHT"; other aspects get the same area.')
     frames: Frames = Field(121, description="Frames per sample: 8k + 1.")
@@ -180,7 +195,7 @@ class Optimizer(_Section):
     name: Literal["adamw", "adamw-8bit"] = Field("adamw", description="adamw-8bit is bitsandbytes' blockwise 8-bit.")
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="Rate after warm-up.")
     schedule: Literal["constant", "cosine", "linear", "polynomial"] = Field("constant", description="After warm-up.")
-    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+    warmup_steps: Annotated[int, Field(ge=0, le=100_000_000)] | None = Field(
         None, description="Default: 5 % of the steps, at most 100."
     )
     end_fraction: Share = Field(0.0, description="The decaying schedules end at this share of learning_rate.")
@@ -242,7 +257,7 @@ class Memory(_Section):
 class Cache(_Section):
     """Latents and prompt embeddings on disk."""
 
-    directory: Text | None = Field(None, description="Default: cache/ beside runs/. Runs may share one.")
+    directory: Source | None = Field(None, description="Default: cache/ beside runs/. Runs may share one.")
     latents: Literal["mean", "sample"] = Field("mean", description="The VAE posterior's mean, or a draw from it.")
 
 
@@ -258,9 +273,9 @@ class Checkpoint(_Section):
 class Prompt(_Section):
     """One validation sample. Keys left out come from [validation]."""
 
-    name: Name = Field(description="Becomes the file's name.")
-    prompt: Text = Field(description="The text.")
-    image: Text | None = Field(None, description="First frame for image-to-video.")
+    name: Name = Field(description="Becomes the file's name.", examples=["fox"])
+    prompt: Text = Field(description="The text.", examples=["A fox runs through snow."])
+    image: Source | None = Field(None, description="First frame for image-to-video.")
     negative_prompt: str | None = Field(None, description="Instead of the section's.")
     resolution: Size | None = Field(None, description="Instead of the section's.")
     frames: Frames | None = Field(None, description="Instead of the section's.")
@@ -271,11 +286,11 @@ class Prompt(_Section):
 class Validation(_Section):
     """Samples while training, made with diffusers' own pipelines."""
 
-    every: Annotated[int, Field(ge=0)] | None = Field(
+    every: Annotated[int, Field(ge=0, le=100_000_000)] | None = Field(
         None, description="Steps between samples; 0 never; default: with each checkpoint."
     )
     at_start: bool = Field(True, description="Also sample the base model before the first step.")
-    library: Text | None = Field(None, description="A file of prompts: TOML, or JSON of name -> prompt.")
+    library: Source | None = Field(None, description="A file of prompts: TOML, or JSON of name -> prompt.")
     prompt: list[Prompt] = Field([], description="[[validation.prompt]] tables.")
     resolution: Size | None = Field(None, description="Default: the first dataset's.")
     frames: Frames | None = Field(None, description="Default: the first dataset's.")
