@@ -57,7 +57,7 @@ class Checkpoints:
         step: int,
         adapter: Mapping[str, Tensor],
         optimizer: Mapping[str, Tensor],
-        export: Any,
+        export: Callable[[Path], object],
         facts: dict[str, Any],
     ) -> Path:
         """Write the checkpoint of `step` durably, then retire old ones. A step that is saved already stays as it is.

@@ -27,10 +27,10 @@ class Hardware:
     versions: dict[str, str]
     missing: tuple[str, ...]
 
-    @property
-    def torch_device(self) -> str:
-        """torch's name for it: rocm is spelt cuda there."""
-        return "cuda" if self.kind == "rocm" else self.kind
+
+def torch_device(kind: str) -> torch.device:
+    """torch's device for a kind: rocm is spelt cuda there."""
+    return torch.device("cuda" if kind == "rocm" else kind)
 
 
 def detect() -> Hardware:

@@ -7,7 +7,7 @@ is refused with all reasons at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,7 +71,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     lora = _lora(recipe)
     prompt_tokens = recipe.conditioning.prompt_tokens or facts.spec.default_prompt_tokens
     every = recipe.checkpoint.every or min(250, steps)
-    plan = Plan(
+    return Plan(
         name=facts.name,
         seed=recipe.run.seed,
         steps=steps,
@@ -96,7 +96,6 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         notes=_notes(recipe, facts, data, steps),
         origins=_origins(recipe, facts),
     )
-    return plan
 
 
 def batches_per_epoch(data: DataPlan, batch_size: int) -> int:
@@ -305,6 +304,13 @@ def _origins(recipe: Recipe, facts: Facts) -> dict[str, str]:
     return origins
 
 
-def comparable_versions(plan: Plan) -> Mapping[str, str]:
-    """Versions and machine facts that results depend on to the last bit."""
-    return {**plan.device.versions, "device": plan.device.kind, "device name": plan.device.name}
+def changed_machine(saved: Plan, plan: Plan) -> list[str]:
+    """What differs, in words, between the machines and versions of two attempts: any of it may change bits."""
+    before = {**saved.device.versions, "device": f"{saved.device.kind} {saved.device.name}".strip()}
+    now = {**plan.device.versions, "device": f"{plan.device.kind} {plan.device.name}".strip()}
+    harmless = {"ltxforge", "python"}
+    return [
+        f"{name} was {before.get(name, 'unknown')}, now {now.get(name, 'unknown')}"
+        for name in sorted((before.keys() | now.keys()) - harmless)
+        if before.get(name) != now.get(name)
+    ]

@@ -36,7 +36,7 @@ PROMPTS_AT_ONCE = 8
 class Encoders(Protocol):
     """What caching needs of a model (see models/interface.py)."""
 
-    encode_dtype: torch.dtype
+    vae_dtype: torch.dtype
     text_dtype: torch.dtype
 
     def text_encoder(self) -> AbstractContextManager[Any]: ...
@@ -110,7 +110,7 @@ def fill(plan: Plan, model: Encoders, cache: Cache, emit: Emit, stop: StopReques
     samples = tuple(
         CachedSample(
             sample=sample,
-            latents_key=latents_key(plan, sample, model.encode_dtype),
+            latents_key=latents_key(plan, sample, model.vae_dtype),
             latents_digest=digests[sample],
             prompt_key=prompt_key(plan, sample.caption, model.text_dtype),
             prompt_digest=prompts[sample.caption],
@@ -175,7 +175,7 @@ def _fill_latents(
     plan: Plan, model: Encoders, cache: Cache, emit: Emit, stop: StopRequest
 ) -> dict[SamplePlan, str]:  # fmt: skip
     phase = _Phase("latents", len(plan.data.samples), emit, stop)
-    keys = {sample: latents_key(plan, sample, model.encode_dtype) for sample in plan.data.samples}
+    keys = {sample: latents_key(plan, sample, model.vae_dtype) for sample in plan.data.samples}
     digests = {}
     for sample, key in keys.items():
         if entry := cache.read("latents", key):

@@ -26,8 +26,8 @@ class Pace:
         if math.isfinite(event.loss):
             self.loss = self._loss(event.loss)
         now = self._clock()
-        # The step's own times exclude saving and sampling; without them the clock has to do.
-        seconds = sum(event.seconds.values()) if event.seconds else now - self._last_seen
+        # The step's own time excludes saving and sampling; without it the clock has to do.
+        seconds = event.seconds.get("step", now - self._last_seen)
         self._last_seen = now
         if math.isfinite(seconds):
             self.seconds_per_step = self._seconds(seconds)

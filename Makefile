@@ -1,0 +1,30 @@
+# The two commands of the README, and what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test sweeps install lint clean
+
+quickstart: install
+	$(BIN)/ltxforge run recipes/quickstart.toml
+
+test: install
+	$(BIN)/python -m pytest -q -m "not sweep" -n 2
+
+sweeps: install
+	$(BIN)/python -m pytest -q -m sweep -n 2
+
+lint: install
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ltxforge needs Python 3.11 or newer; try: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""From folders of captioned clips to batches."""

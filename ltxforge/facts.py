@@ -1,0 +1,113 @@
+"""Asks the world what the planner must know: device, weights, clips, prompt library. Everything that is missing at once.
+
+Reads; writes nothing but memoised digests and the rendered demo clips, both in the cache directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ltxforge import hardware
+from ltxforge.dataset.scan import Clip, enforce_max_rejected, scan
+from ltxforge.errors import HubError, LtxforgeError, PlanError, WeightsError
+from ltxforge.events import Emit
+from ltxforge.media import demo
+from ltxforge.models.detect import plan_model
+from ltxforge.models.sources import spec_of
+from ltxforge.plan import ModelPlan, Plan
+from ltxforge.planner import Facts
+from ltxforge.recipe.parse import Parsed
+from ltxforge.recipe.schema import Dataset, Recipe, parse_size
+from ltxforge.signals import StopRequest
+from ltxforge.specs import ModelSpec
+from ltxforge.validation.prompts import PromptEntry, read_library
+
+T = TypeVar("T")
+DEMO_CLIPS = "builtin/shapes"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run and its cache live."""
+
+    name: str
+    run: Path
+    cache: Path
+
+
+def places(parsed: Parsed, out: Path | None) -> Places:
+    """The run and cache directories: --out, else the recipe's, else `runs/<recipe name>` and `cache` here."""
+    recipe, name = parsed.recipe, Path(parsed.path).stem
+    run = out or (Path(recipe.run.directory).expanduser() if recipe.run.directory else Path("runs") / name)
+    cache = Path(recipe.cache.directory).expanduser() if recipe.cache.directory else Path("cache")
+    return Places(name, run.absolute(), cache.absolute())
+
+
+def gather(parsed: Parsed, where: Places, previous: Plan | None, emit: Emit, stop: StopRequest) -> Facts:
+    """Everything the planner needs. Raises one PlanError with every reason why it cannot be had."""
+    recipe = parsed.recipe
+    missing: list[LtxforgeError] = []
+
+    def attempt(ask: Callable[[], T]) -> T | None:
+        try:
+            return ask()
+        except (PlanError, WeightsError, HubError) as error:
+            missing.append(error)
+            return None
+
+    model = attempt(lambda: _model(recipe, where.cache))
+    spec = spec_of(model) if model else None
+    clips = [(d, attempt(lambda d=d: _clips(d, spec, where.cache, emit, stop))) for d in recipe.dataset if d.enabled]
+    library = attempt(lambda: _library(recipe))
+    _require_images(recipe, library or [], missing)
+    if missing or model is None or spec is None:
+        raise missing[0] if len(missing) == 1 else _all_at_once(missing)
+    found = [(dataset, judged or []) for dataset, judged in clips]
+    enforce_max_rejected([clip for _, judged in found for clip in judged], recipe.run.max_rejected)
+    return Facts(
+        name=where.name, directory=str(where.run), cache_directory=str(where.cache), hardware=hardware.detect(),
+        model=model, spec=spec, clips=found, library=library or [], said=parsed.said, warnings=parsed.warnings,
+        previous=previous,
+    )  # fmt: skip
+
+
+def _all_at_once(missing: list[LtxforgeError]) -> PlanError:
+    lines = "\n".join("- " + str(error).replace("\n", "\n  ") for error in missing)
+    return PlanError(f"{len(missing)} things are missing:\n{lines}")
+
+
+def _model(recipe: Recipe, cache: Path) -> ModelPlan:
+    model = recipe.model
+    return plan_model(
+        base=model.base, version=model.version, rope=model.rope, transformer=model.transformer, vae=model.vae,
+        text_encoder=model.text_encoder, memo_directory=cache / "memo",
+    )  # fmt: skip
+
+
+def _clips(dataset: Dataset, spec: ModelSpec | None, cache: Path, emit: Emit, stop: StopRequest) -> list[Clip]:
+    folder = demo.render(cache / "builtin" / "shapes") if dataset.path == DEMO_CLIPS else Path(dataset.path)
+    return scan(
+        folder.expanduser(), dataset_id=dataset.id or folder.name, resolution=parse_size(dataset.resolution),
+        frames=dataset.frames, fps=dataset.fps or (spec.default_fps if spec else 25.0), windows=dataset.windows,
+        buckets=dataset.buckets, max_upscale=dataset.max_upscale,
+        factors=(spec.spatial_factor, spec.temporal_factor) if spec else (32, 8),
+        emit=emit, stop=stop, memo_directory=cache / "memo",
+    )  # fmt: skip
+
+
+def _library(recipe: Recipe) -> list[PromptEntry]:
+    return read_library(Path(recipe.validation.library).expanduser()) if recipe.validation.library else []
+
+
+def _require_images(recipe: Recipe, library: list[PromptEntry], missing: list[LtxforgeError]) -> None:
+    for entry in [*recipe.validation.prompt, *library]:
+        if entry.image and not Path(entry.image).expanduser().is_file():
+            missing.append(
+                PlanError(
+                    f"the image of validation prompt {entry.name!r} does not exist", where=str(entry.image),
+                    remedy="Paths are relative to the folder where ltxforge is started.",
+                )
+            )  # fmt: skip

@@ -1,0 +1,208 @@
+"""The Hugging Face Hub's side of a source: which commit, which files, what their headers say, and fetching them.
+
+Decides nothing about models. Endpoint, cache folder, token and offline mode (HF_ENDPOINT, HF_HOME, HF_TOKEN,
+HF_HUB_OFFLINE) are the library's own business and are not read here. Planning fetches JSON files and headers only.
+Torch-free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import glob
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx  # the transport of huggingface_hub; its errors come through
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
+)
+
+from ltxforge.errors import HubError, WeightsError
+from ltxforge.models.sources import Digests, LocalTree, Source, Tree, known_repositories
+from ltxforge.models.weights import Header, TensorEntry, read_header, refuse_pickle
+
+TIMEOUT_SECONDS = 20.0
+
+_OFFLINE_REMEDY = (
+    "Check the connection, or: give the path of a local copy; set HF_ENDPOINT to a mirror; or set HF_HUB_OFFLINE=1 if "
+    "the files are in the Hub's cache (HF_HOME) already."
+)
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a repository: bytes, and its SHA-256 where the Hub stores it as a large file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class HubTree:
+    """A repository at one commit."""
+
+    source: Source
+    inside: str
+    repository: str
+    revision: str
+    listing: Mapping[str, HubFile]
+
+    def files(self, folder: str) -> Mapping[str, int]:
+        prefix = f"{folder}/" if folder else ""
+        inside = {path.removeprefix(prefix): file for path, file in self.listing.items() if path.startswith(prefix)}
+        return {name: file.bytes for name, file in sorted(inside.items()) if "/" not in name}
+
+    def read(self, path: str) -> bytes:
+        with told(self.source):
+            return Path(hf_hub_download(self.repository, path, revision=self.revision)).read_bytes()
+
+    def header(self, path: str) -> Header:
+        refuse_pickle(path, self.describe(path))
+        if (local := self.local(path)) is not None:
+            return read_header(local)
+        with told(self.source):
+            found = HfApi().parse_safetensors_file_metadata(
+                self.repository, path, revision=self.revision, timeout=TIMEOUT_SECONDS
+            )
+        tensors = {name: TensorEntry(tensor.dtype, tuple(tensor.shape)) for name, tensor in found.tensors.items()}
+        return Header(tensors, found.metadata or {})
+
+    def digest(self, path: str) -> str:
+        known = self.listing[path].sha256
+        return known or hashlib.sha256(self.read(path)).hexdigest()
+
+    def local(self, path: str) -> Path | None:
+        """Where the cache holds a file, or a folder whose files are all there."""
+        if path in self.listing:
+            found = try_to_load_from_cache(self.repository, path, revision=self.revision)
+            return Path(found) if isinstance(found, str) else None
+        return None
+
+    def describe(self, path: str) -> str:
+        return f"{self.repository}:{path}" if path else self.repository
+
+
+def open_hub(source: Source, digests: Digests) -> Tree:
+    """The repository at the commit that the revision names now; from the cache alone in offline mode."""
+    try:
+        with told(source):
+            info = HfApi().model_info(
+                source.repository, revision=source.revision or None, files_metadata=True, timeout=TIMEOUT_SECONDS
+            )
+    except _Offline:
+        return _open_cached(source, digests)
+    listing = {
+        file.rfilename: HubFile(file.size or 0, file.lfs.sha256 if file.lfs else "") for file in info.siblings or ()
+    }
+    tree = HubTree(source, source.inside, source.repository, info.sha or source.revision, listing)
+    if source.inside and not any(path == source.inside or path.startswith(f"{source.inside}/") for path in listing):
+        raise _absent_inside(source, listing)
+    return tree
+
+
+def _open_cached(source: Source, digests: Digests) -> LocalTree:
+    try:
+        folder = snapshot_download(source.repository, revision=source.revision or None, local_files_only=True)
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError) as error:
+        raise HubError(
+            f"{source.repository} is not in the Hub's cache, and HF_HUB_OFFLINE forbids asking for it",
+            where=source.text,
+            remedy="Unset HF_HUB_OFFLINE to download it, set HF_HOME to the folder that holds the cache, or give a path.",
+        ) from error
+    snapshot = Path(folder)
+    return LocalTree(source, snapshot, source.inside, digests, source.repository, snapshot.name)
+
+
+def fetch_files(repository: str, revision: str, paths: Iterable[str]) -> Path:
+    """Download exactly these files, if the cache does not hold them, and give the snapshot's folder."""
+    source = Source(repository, "hub", repository=repository, revision=revision)
+    exact = [glob.escape(path) for path in paths]
+    try:
+        with told(source):
+            return Path(snapshot_download(repository, revision=revision or None, allow_patterns=exact))
+    except _Offline:
+        return _open_cached(source, Digests()).root
+
+
+class _Offline(Exception):
+    """The library was told to stay offline."""
+
+
+@contextlib.contextmanager
+def told(source: Source) -> Iterator[None]:
+    """Turn the Hub's errors into one message each: what, which repository, what to do."""
+    page = f"https://huggingface.co/{source.repository}"
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise _Offline from error
+    except GatedRepoError as error:
+        raise HubError(
+            f"{source.repository} is gated and refuses this account",
+            where=source.text,
+            remedy=f"Accept its terms at {page}, then log in with `hf auth login` or set HF_TOKEN.",
+        ) from error
+    except RepositoryNotFoundError as error:
+        near = difflib.get_close_matches(source.repository, known_repositories(), n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise HubError(
+            f"the Hub has no model {source.repository}, or does not show it to this account",
+            where=source.text,
+            remedy=f"{hint}For a private or gated one, accept its terms at {page} and set HF_TOKEN.",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise HubError(
+            f"{source.repository} has no revision {source.revision!r}",
+            where=source.text,
+            remedy=f"See {page}/commits/main for its commits; without @revision the newest is taken.",
+        ) from error
+    except SafetensorsParsingError as error:
+        raise WeightsError(f"is no safetensors file: {error}", where=source.text) from error
+    except (LocalEntryNotFoundError, httpx.TransportError) as error:
+        raise _unreachable(source, error) from error
+    except EntryNotFoundError as error:
+        raise HubError(f"{source.repository} lacks a file that its list names: {error}", where=source.text) from error
+    except HfHubHTTPError as error:
+        raise _refused(source, error, page) from error
+
+
+def _unreachable(source: Source, error: Exception) -> HubError:
+    cause = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    return HubError(
+        f"the Hugging Face Hub cannot be reached for {source.repository} ({cause})",
+        where=source.text,
+        remedy=_OFFLINE_REMEDY,
+    )
+
+
+def _refused(source: Source, error: HfHubHTTPError, page: str) -> HubError:
+    status = error.response.status_code if error.response is not None else 0
+    if status in (401, 403):
+        return HubError(
+            f"the Hub refuses {source.repository} (status {status})",
+            where=source.text,
+            remedy=f"Accept its terms at {page}, then log in with `hf auth login` or set HF_TOKEN.",
+        )
+    return HubError(
+        f"the Hub answered {status} for {source.repository}",
+        where=source.text,
+        remedy="Try again later. " + _OFFLINE_REMEDY,
+    )
+
+
+def _absent_inside(source: Source, listing: Mapping[str, HubFile]) -> WeightsError:
+    folders = {path.rpartition("/")[0] for path in listing} - {""}
+    near = difflib.get_close_matches(source.inside, [*listing, *folders], n=1, cutoff=0.4)
+    hint = f"Did you mean {source.repository}:{near[0]}?" if near else "See the repository's file list."
+    return WeightsError(f"{source.repository} has nothing at {source.inside!r}", where=source.text, remedy=hint)

@@ -1,0 +1,137 @@
+"""Safetensors files as their headers describe them: names, shapes and metadata, without torch and without the data.
+
+Decides whether a file is whole as far as its header and size can tell, and which files of a folder hold the weights.
+Digests, not headers, prove contents; this module reads no tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ltxforge.errors import WeightsError
+
+# The format's own limit on a header.
+LARGEST_HEADER_BYTES = 100_000_000
+PICKLE_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+PICKLE_REMEDY = (
+    "Such files hold Python pickles, which can run code when they are opened, so ltxforge never opens them. "
+    "Use the .safetensors file of the same weights."
+)
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor as the header lists it; `dtype` in the format's own spelling: BF16, F32, F8_E4M3."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """All tensors of a file, or of all shards of a model, and the file's metadata."""
+
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's configuration that Lightricks embeds as JSON under `config`; empty if there is none."""
+        try:
+            value = json.loads(self.metadata.get("config", "{}"))
+        except ValueError:
+            return {}
+        return value if isinstance(value, dict) else {}
+
+
+def read_header(path: Path) -> Header:
+    """The header of a local file. Raises WeightsError if the file is no whole safetensors file."""
+    refuse_pickle(path.name, str(path))
+    try:
+        with path.open("rb") as file:
+            return _read(file, path.stat().st_size, str(path))
+    except OSError as error:
+        raise WeightsError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+
+
+def refuse_pickle(name: str, where: str) -> None:
+    """Refuse a weights file whose format can run code."""
+    if name.lower().endswith(PICKLE_ENDINGS):
+        raise WeightsError("weights in a pickle format are not read", where=where, remedy=PICKLE_REMEDY)
+
+
+def _read(file: BinaryIO, size: int, where: str) -> Header:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or not 2 <= length <= min(LARGEST_HEADER_BYTES, size - 8):
+        raise _damaged(f"is no safetensors file, or its start is damaged ({size} bytes)", where)
+    try:
+        listing = json.loads(file.read(length))
+        metadata = listing.pop("__metadata__", None) or {}
+        tensors = {name: TensorEntry(entry["dtype"], tuple(entry["shape"])) for name, entry in listing.items()}
+        end = max((entry["data_offsets"][1] for entry in listing.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise _damaged("is no safetensors file: its header is not the JSON that the format asks for", where) from error
+    if (whole := 8 + length + end) != size:
+        kind = "ends early" if size < whole else "is longer than its header says"
+        raise _damaged(f"{kind}: it has {size} of {whole} bytes", where)
+    return Header(tensors, metadata)
+
+
+def _damaged(what: str, where: str) -> WeightsError:
+    return WeightsError(
+        what, where=where, remedy="Download or copy the file again; an interrupted copy looks like this."
+    )
+
+
+def weight_files(names: Mapping[str, int], read_index: Any, where: str) -> list[str]:
+    """The safetensors files that make up one model among a folder's `names`.
+
+    Args:
+        names: the folder's files by name, with sizes.
+        read_index: gives the bytes of an index file by name.
+        where: the folder, for messages.
+    """
+    indexes = [name for name in names if name.endswith(".safetensors.index.json")]
+    if chosen := _plainest(indexes):
+        shards = _shards(read_index(chosen), f"{where}/{chosen}")
+        if absent := [name for name in shards if name not in names]:
+            raise WeightsError(f"{chosen} lists {len(shards)} files, and {', '.join(absent)} is missing", where=where)
+        return shards
+    files = [name for name in names if name.endswith(".safetensors")]
+    if chosen := _plainest(files):
+        return [chosen]
+    if files:
+        listed = ", ".join(sorted(files)[:8])
+        raise WeightsError(
+            f"holds several weights files and no index that joins them: {listed}",
+            where=where,
+            remedy="Name one file instead of the folder.",
+        )
+    for name in names:
+        refuse_pickle(name, f"{where}/{name}")
+    raise WeightsError("holds no .safetensors file", where=where)
+
+
+def _plainest(names: list[str]) -> str | None:
+    """The only name, or the one without a variant such as `.fp16`, or None."""
+    if len(names) == 1:
+        return names[0]
+    usual = ("diffusion_pytorch_model.", "model.")
+    plain = [
+        name for name in names if any(name in (f"{stem}safetensors", f"{stem}safetensors.index.json") for stem in usual)
+    ]
+    return plain[0] if len(plain) == 1 else None
+
+
+def _shards(index: bytes, where: str) -> list[str]:
+    try:
+        shards = sorted(set(json.loads(index)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError("is no index of weights files", where=where) from error
+    if any("/" in shard or "\\" in shard or not shard.endswith(".safetensors") for shard in shards):
+        raise WeightsError("names a file outside its own folder, or one that is no .safetensors file", where=where)
+    return shards

@@ -1,0 +1,232 @@
+"""A whole run, in order: recipe → plan → dataset → model → trainer → LoRA file. The map of the program, in code."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ltxforge import __version__
+from ltxforge.checkpoint import Checkpoints
+from ltxforge.dataset import encode
+from ltxforge.dataset.batches import Batches
+from ltxforge.dataset.cache import Cache
+from ltxforge.distributed import refuse_several_processes
+from ltxforge.errors import RunError, Stopped
+from ltxforge.events import (
+    CheckpointSaved,
+    Emit,
+    LoraExported,
+    LoraInjected,
+    Note,
+    PhaseEnded,
+    PhaseStarted,
+    PlanMade,
+    Resumed,
+    RunEnded,
+)
+from ltxforge.facts import Places, gather, places
+from ltxforge.flow_matching import sigma_quantiles
+from ltxforge.hardware import torch_device
+from ltxforge.lock import RunLock
+from ltxforge.lora.files import DTYPES, export, provenance
+from ltxforge.lora.inject import adapter_parameters, adapter_scaling, inject, load_adapter
+from ltxforge.lora.targets import match
+from ltxforge.models.interface import VideoModel
+from ltxforge.models.load import load_model
+from ltxforge.models.sources import fetch
+from ltxforge.optim import Optimizer
+from ltxforge.plan import Plan, to_json
+from ltxforge.planner import changed_machine, make_plan
+from ltxforge.recipe.parse import Parsed, load
+from ltxforge.run_directory import RunDirectory
+from ltxforge.signals import StopRequest
+from ltxforge.trackers.jsonl import EventLog
+from ltxforge.trainer import train
+from ltxforge.ui.dispatch import Dispatcher
+from ltxforge.ui.loss_curve import draw
+from ltxforge.ui.plan_table import plan_table
+from ltxforge.ui.screen import Screen
+from ltxforge.validation.sample import validate
+
+
+def run(recipe: Path, overrides: Sequence[str], out: Path | None, screen: Screen) -> None:
+    """Carry a recipe out, from the beginning or from its newest checkpoint."""
+    refuse_several_processes(os.environ)
+    parsed = load(recipe, overrides)
+    where = places(parsed, out)
+    with StopRequest() as stop, RunLock(where.run), EventLog(where.run / "events.jsonl") as log:
+        with Dispatcher([screen, log]) as emit:
+            plan = settle_plan(parsed, where, screen, emit, stop)
+            model = load_model(plan.model, torch_device(plan.device.kind), DTYPES[plan.device.precision])
+            cache = Cache(Path(plan.cache.directory), emit)
+            data = settle_data(plan, model, cache, emit, stop)
+            session = open_session(plan, model, cache, data, log.attempt, emit, stop)
+            session.train()
+
+
+def plan_only(recipe: Path, overrides: Sequence[str], out: Path | None, screen: Screen) -> None:
+    """Print the plan of a recipe, or everything that is missing for one; starts and changes nothing."""
+    parsed = load(recipe, overrides)
+    where = places(parsed, out)
+    with StopRequest() as stop, Dispatcher([screen]) as emit:
+        home = RunDirectory(where.run)
+        saved = home.saved_plan()
+        plan = make_plan(parsed.recipe, gather(parsed, where, saved, emit, stop))
+        show_plan(plan, screen)
+        if saved is not None:
+            home.require_same_run(saved, plan)
+            emit(Note(f"this run is at step {Checkpoints(where.run, keep=2).steps()[-1]}; `run` continues it"))
+
+
+def settle_plan(parsed: Parsed, where: Places, screen: Screen, emit: Emit, stop: StopRequest) -> Plan:
+    """Gather facts, decide, compare with the run that is there, fetch weights, print and save the plan."""
+    home = RunDirectory(where.run)
+    saved = home.saved_plan()
+    if saved is not None and parsed.recipe.run.resume == "never":
+        raise RunError(
+            'this directory has a run in it, and run.resume = "never" forbids to continue it', where=str(where.run),
+            remedy="Start with --out another/directory, or leave run.resume out to continue.",
+        )  # fmt: skip
+    plan = make_plan(parsed.recipe, gather(parsed, where, saved, emit, stop))
+    if saved is not None:
+        home.require_same_run(saved, plan)
+        for change in changed_machine(saved, plan):
+            emit(Note(f"not bit for bit from here on: {change}", "warning"))
+    show_plan(plan, screen)
+    plan = dataclasses.replace(plan, model=fetch(plan.model, emit))
+    home.save_plan(plan, parsed.text)
+    emit(PlanMade(to_json(dataclasses.replace(plan, data=dataclasses.replace(plan.data, samples=())))))
+    return plan
+
+
+def show_plan(plan: Plan, screen: Screen) -> None:
+    """The plan as a table, with the quantiles of the sigma that each bucket trains."""
+    quantiles = {str(bucket.shape): sigma_quantiles(plan.flow, bucket.tokens) for bucket in plan.data.buckets}
+    screen.show(plan_table(plan, quantiles))
+
+
+def settle_data(plan: Plan, model: VideoModel, cache: Cache, emit: Emit, stop: StopRequest) -> encode.CachedData:
+    """Fill the cache and compare what the run trains on with what it began with."""
+    home = RunDirectory(Path(plan.directory))
+    data = encode.fill(plan, model, cache, emit, stop)
+    if changed := home.compare_data(data.to_json()):
+        emit(Note(f"not bit for bit from here on: {len(changed)} samples were encoded to other bits", "warning"))
+    home.save_data(data.to_json())
+    return data
+
+
+def open_session(
+    plan: Plan, model: VideoModel, cache: Cache, data: encode.CachedData, attempt: int, emit: Emit, stop: StopRequest
+) -> Session:
+    """Load the transformer, put the adapter in and go back to the newest checkpoint."""
+    model.load_transformer()
+    report = inject(model.transformer, plan.lora, match(plan.lora.targets, model.spec), plan.seed)
+    emit(LoraInjected(dataclasses.asdict(report)))
+    model.set_checkpointing(plan.memory.checkpointing)
+    model.transformer.train()
+    optimizer = Optimizer(plan.optimizer, adapter_parameters(model.transformer))
+    session = Session(plan, model, cache, Batches(plan, data, cache), optimizer, attempt, emit, stop)
+    session.restore()
+    return session
+
+
+@dataclass
+class Session:
+    """A run that is ready to train: saves, samples and finishes where the plan says so."""
+
+    plan: Plan
+    model: VideoModel
+    cache: Cache
+    batches: Batches
+    optimizer: Optimizer
+    attempt: int
+    emit: Emit
+    stop: StopRequest
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        self.home = RunDirectory(Path(self.plan.directory))
+        self.checkpoints = Checkpoints(self.home.path, self.plan.checkpoint.keep)
+
+    def restore(self) -> None:
+        """Take weights, moments and step from the newest checkpoint that verifies."""
+        saved = self.checkpoints.newest()
+        if saved is None:
+            return
+        if saved.facts.get("plan") != self.plan.identity_digest():
+            raise RunError("this checkpoint was saved by another run", where=str(saved.path))
+        load_adapter(self.model.transformer, saved.adapter)
+        self.optimizer.load_state(saved.optimizer)
+        self.start = saved.step
+        self.emit(Resumed(saved.step, str(saved.path), saved.refused))
+
+    def train(self) -> None:
+        """Train to the plan's end, or to a stop, which saves and raises Stopped."""
+        began = time.monotonic()
+        self.sample(self.start)
+        self.emit(PhaseStarted("train", self.plan.steps, f"from step {self.start}"))
+        step = train(
+            self.plan, self.model, self.batches, self.optimizer, self.start, self.emit, self.stop, self.after_step
+        )
+        self.emit(PhaseEnded("train", time.monotonic() - began))
+        outcome = "stopped" if step < self.plan.steps else "finished"
+        if step > self.start:
+            self.save(step)
+        draw(self.home.events, self.home.loss_curve)
+        if outcome == "finished":
+            self.emit(LoraExported(str(self.home.lora), self.export(self.home.lora, step), step))
+        self.emit(RunEnded(outcome, step, time.monotonic() - began))
+        if self.stop.requested:
+            raise Stopped(
+                self.stop.signal_number, f"{outcome} at step {step} of {self.plan.steps}",
+                remedy="Start the same command again to continue." if outcome == "stopped" else "",
+            )  # fmt: skip
+
+    def after_step(self, step: int) -> None:
+        """What follows an update: saving first, so that a fault in sampling costs nothing."""
+        if self.plan.saves_at(step):
+            self.save(step)
+            draw(self.home.events, self.home.loss_curve)
+        self.sample(step)
+
+    def save(self, step: int) -> None:
+        """A checkpoint of this step; a step that is saved already stays as it is."""
+        began = time.monotonic()
+        facts = {"plan": self.plan.identity_digest(), "attempt": self.attempt, "ltxforge": __version__}
+        adapter = adapter_parameters(self.model.transformer)
+        path = self.checkpoints.save(
+            step, adapter, self.optimizer.state(), lambda target: self.export(target, step), facts
+        )
+        size = sum(file.stat().st_size for file in path.iterdir())
+        self.emit(CheckpointSaved(step, str(path), size, time.monotonic() - began))
+
+    def export(self, path: Path, step: int) -> int:
+        """The LoRA file of the adapter as it is now; returns its size in bytes."""
+        plan, lora = self.plan, self.plan.lora
+        facts = provenance(
+            {
+                "name": plan.name, "base": plan.model.base, "version": plan.model.version, "step": step,
+                "rank": lora.rank, "alpha": lora.alpha, "rslora": lora.rslora, "alpha_folded": True,
+                "targets": lora.targets, "plan": plan.identity_digest(), "ltxforge": __version__,
+                "shapes": [str(bucket.shape) for bucket in plan.data.buckets],
+            }
+        )  # fmt: skip
+        transformer = self.model.transformer
+        scaling = adapter_scaling(transformer)
+        return export(path, adapter_parameters(transformer), scaling, lora.save_precision, facts)
+
+    def sample(self, step: int) -> None:
+        """Validation samples, if this step has some that are not there yet."""
+        folder = self.home.samples / f"step-{step:06d}"
+        due = [prompt for prompt in self.plan.validation.prompts if not (folder / f"{prompt.name}.png").exists()]
+        if not due or not self.plan.validates_at(step) or self.stop.requested:
+            return
+        captions = encode.validation_captions(self.plan)
+        prompts = {text: encode.read_prompt(self.plan, self.cache, text, self.model.text_dtype) for text in captions}
+        validate(self.plan, self.model, prompts, step, self.home.samples, self.emit, self.stop)

@@ -1,0 +1,133 @@
+"""A video as one picture: a few frames in a grid with their times, above them the prompt and what made the sample.
+
+Decides which frames are shown, how large, and where the text goes. Draws no conclusion about the video. Torch-free.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ltxforge import durable
+
+MOST_FRAMES = 8
+# A tile is between these many pixels wide; tall ones are bounded by their height.
+SMALLEST_TILE, LARGEST_TILE, TALLEST_TILE = 160, 320, 400
+MARGIN, GAP, LABEL_HEIGHT, LEAST_WIDTH = 20, 10, 22, 520
+PROMPT_LINES = 3
+BACKGROUND, TITLE, TEXT, FAINT = (24, 26, 30), (240, 241, 243), (204, 208, 214), (134, 140, 150)
+
+
+@dataclass(frozen=True)
+class SheetText:
+    """What stands above the frames: the sample's name, its prompt (cut if long), and a line of facts."""
+
+    title: str
+    prompt: str
+    facts: str
+
+
+def write_contact_sheet(path: Path, frames: np.ndarray, fps: float, text: SheetText) -> None:
+    """Draw the sheet of `frames`, uint8 [N, height, width, 3], and write it as a PNG in one piece."""
+    buffer = io.BytesIO()
+    draw_contact_sheet(frames, fps, text).save(buffer, format="PNG", optimize=True)
+    durable.write_file(path, buffer.getvalue())
+
+
+def draw_contact_sheet(frames: np.ndarray, fps: float, text: SheetText) -> Image.Image:
+    """The sheet as an RGB picture. Tiny frames are enlarged by a whole factor without blurring, large ones reduced."""
+    chosen = chosen_frames(len(frames))
+    tile = tile_size(frames.shape[2], frames.shape[1])
+    columns = len(chosen) if len(chosen) <= 4 else -(-len(chosen) // 2)
+    rows = -(-len(chosen) // columns)
+    width = max(LEAST_WIDTH, 2 * MARGIN + columns * (tile[0] + GAP) - GAP)
+    head = _head_lines(text, width - 2 * MARGIN)
+    top = MARGIN + sum(height for _, _, _, height in head) + GAP
+    bottom = top + rows * (tile[1] + LABEL_HEIGHT) + (rows - 1) * GAP
+    sheet = Image.new("RGB", (width, bottom + MARGIN - GAP), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    line_top = MARGIN
+    for line, font, colour, height in head:
+        draw.text((MARGIN, line_top), line, fill=colour, font=font)
+        line_top += height
+    label_font = ImageFont.load_default(13)
+    for position, index in enumerate(chosen):
+        left = MARGIN + position % columns * (tile[0] + GAP)
+        upper = top + position // columns * (tile[1] + LABEL_HEIGHT + GAP)
+        sheet.paste(_tile(frames[index], tile), (left, upper))
+        label = f"{index / fps:.2f} s"
+        draw.text((left, upper + tile[1] + 4), label, fill=TEXT, font=label_font)
+        number = f"frame {index}"
+        place = left + tile[0] - label_font.getlength(number)
+        draw.text((place, upper + tile[1] + 4), number, fill=FAINT, font=label_font)
+    return sheet
+
+
+def chosen_frames(count: int) -> list[int]:
+    """Up to 8 frame numbers, evenly spaced, the first and the last among them."""
+    shown = min(count, MOST_FRAMES)
+    return [round(position * (count - 1) / max(1, shown - 1)) for position in range(shown)]
+
+
+def tile_size(width: int, height: int) -> tuple[int, int]:
+    """The size at which a frame is drawn: a whole multiple of a small one, a reduction of a large one."""
+    scale = min(LARGEST_TILE / width, TALLEST_TILE / height)
+    if scale >= 2:
+        factor = max(1, min(int(scale), -(-SMALLEST_TILE // width)))
+        return width * factor, height * factor
+    scale = min(1.0, scale)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _tile(frame: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    image = Image.fromarray(np.ascontiguousarray(frame))
+    if image.size == size:
+        return image
+    return image.resize(size, Image.Resampling.NEAREST if size[0] > image.width else Image.Resampling.LANCZOS)
+
+
+HeadLine = tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont, tuple[int, int, int], int]
+
+
+def _head_lines(text: SheetText, width: int) -> list[HeadLine]:
+    """The lines above the frames: text, font, colour and height in pixels."""
+    title, prompt, facts = (ImageFont.load_default(size) for size in (22, 16, 13))
+    lines: list[HeadLine] = [(_cut(text.title, title, width), title, TITLE, 32)]
+    lines += [(line, prompt, TEXT, 22) for line in wrap(text.prompt, prompt, width, PROMPT_LINES)]
+    return [*lines, ("", facts, FAINT, 4), (_cut(text.facts, facts, width), facts, FAINT, 20)]
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:
+    """The text in lines of at most `width` pixels; beyond `most` lines it is cut with an ellipsis."""
+    lines: list[str] = []
+    for word in _words(text, font, width):
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines if len(lines) <= most else [*lines[: most - 1], _cut(" ".join(lines[most - 1 :]), font, width)]
+
+
+def _words(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> Sequence[str]:
+    """Words, those wider than a line in pieces (languages without spaces); control characters are left out."""
+    clean = "".join(character if character.isprintable() else " " for character in text)
+    words: list[str] = []
+    for word in clean.split():
+        while font.getlength(word) > width:
+            fits = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            words.append(word[:fits])
+            word = word[fits:]
+        words.append(word)
+    return words
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    fits = next(n for n in range(len(text), -1, -1) if font.getlength(text[:n].rstrip() + "...") <= width)
+    return text[:fits].rstrip() + "..."
