@@ -72,6 +72,20 @@ def commit_file(partial: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Yield a partial name beside `path` for others to write to; afterwards it gets its final name, or is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with _disk_full_told(path):
+        try:
+            yield partial
+            commit_file(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
 def staged_folder(final: Path, facts: dict[str, Any]) -> Iterator[Path]:
     """Build a folder under another name and commit it in one rename.
 

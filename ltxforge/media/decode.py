@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ltxforge.media import geometry
 from ltxforge.media.supervisor import SECONDS, Refused, WorkerFault, worker
 
+RESIZE = geometry.RESIZE
 _SECONDS_PER_FRAME = 0.5
 
 
@@ -48,11 +49,6 @@ def decode(path: Path, timestamps_seconds: Sequence[float], size: tuple[int, int
         return worker().frames(path, times, size, SECONDS + len(times) * _SECONDS_PER_FRAME)
     except (Refused, WorkerFault) as error:
         raise DecodeError(error.reason, error.good) from error
-
-
-def window_times(start_seconds: float, frames: int, fps: float) -> tuple[float, ...]:
-    """Times of a window's frames: frame n at start + n / fps."""
-    return tuple(start_seconds + index / fps for index in range(frames))
 
 
 def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:

@@ -13,9 +13,9 @@ from fractions import Fraction
 
 import numpy as np
 
-# Enter the cache keys: raise the version whenever the same file could give other pixels.
-RESIZE_FILTER = "bicubic, antialiased, cover and centre crop"
-RESIZE_VERSION = 1
+# How a stored picture becomes the pixels that are encoded. It enters the cache keys: raise the number whenever the
+# same file could give other pixels (filter, crop, rotation, colour conversion).
+RESIZE = "bicubic, antialiased, cover and centre crop; 1"
 
 # Pixels wider or taller than this are header errors, not lenses.
 _LARGEST_PIXEL_ASPECT = 16

@@ -74,7 +74,7 @@ class Probe:
 
 def probe(path: Path) -> Probe:
     """The facts of a video file. Raises ProbeError with the reason if it has no usable picture."""
-    size = _regular_file_bytes(path)
+    size = require_regular_file(path)
     try:
         facts = worker().inspect(path, SECONDS + size / _BYTES_PER_SECOND)
     except Refused as refusal:
@@ -86,8 +86,8 @@ def probe(path: Path) -> Probe:
     )
 
 
-def _regular_file_bytes(path: Path) -> int:
-    """Size of a plain file; anything else is refused before it is opened, since opening a pipe can wait forever."""
+def require_regular_file(path: Path) -> int:
+    """Size in bytes of a plain file; else ProbeError. Asked before opening, since opening a pipe can wait forever."""
     try:
         status = path.stat()
     except OSError as error:
