@@ -7,7 +7,6 @@ names what is not the user's and must not be judged by.
 
 from __future__ import annotations
 
-import datetime
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
@@ -16,20 +15,10 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from ltxforge.recipe.faults import Fault, Key, dotted, short
-from ltxforge.recipe.keys import (
-    branches,
-    expected,
-    field_at,
-    header,
-    not_yet,
-    number,
-    suggestion,
-    table_at,
-    table_in,
-)
-from ltxforge.recipe.report import shorten
+from ltxforge.recipe.keys import branches, field_at, header, not_yet, suggestion, table_at, table_in
 from ltxforge.recipe.schema import Recipe
 from ltxforge.recipe.suggest import nearest
+from ltxforge.recipe.wording import expected, kind_of, number, toml
 
 MOST_FAULTS = 100
 """More faults than this are not worded: such a file is no recipe."""
@@ -217,9 +206,10 @@ def _no_table(key: Key, value: Any) -> Fault:
 
 
 def _wrong_length(key: Key, error: dict[str, Any], annotation: Any, limits: list[Any]) -> Fault:
-    count = error["ctx"]["actual_length"]
+    count, least = error["ctx"]["actual_length"], error["ctx"].get("min_length")
     items = f"{count or 'no'} item{'' if count == 1 else 's'}"
-    return Fault(key, f"{short(key)} has {items}: it must be {expected(annotation, limits)}")
+    hint = f"at least {least}" if least and least > count else ""
+    return Fault(key, f"{short(key)} has {items}: it must be {expected(annotation, limits)}", hint)
 
 
 def _out_of_range(key: Key, error: dict[str, Any], said: str, legal: str) -> Fault:
@@ -257,29 +247,3 @@ def _is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
-
-
-def kind_of(value: Any) -> str:
-    """What a TOML value is, in words."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return f"{value}" if not math.isfinite(value) else "a number with a fraction"
-    kinds: list[tuple[type | tuple[type, ...], str]] = [
-        (int, "a whole number"), (str, "text"), (list, "a list"), (dict, "a table"),
-        ((datetime.date, datetime.time), "a date or time"),
-    ]  # fmt: skip
-    return next(name for kind, name in kinds if isinstance(value, kind))
-
-
-def toml(value: Any) -> str:
-    """A value as TOML writes it, shortened to fit a message."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return f'"{shorten(value, 48)}"'
-    if isinstance(value, int) and abs(value) >= 10**48:
-        return f"{str(value)[:24]}…" if abs(value) < 10**4000 else "a huge number"
-    if isinstance(value, (list, dict)):
-        return kind_of(value)
-    return shorten(str(value), 48)

@@ -1,4 +1,4 @@
-"""The schema as a map of keys: which table stands where, what a value must be, and which key was meant.
+"""The schema as a map of keys: which table stands where, and which key was meant by a wrong one.
 
 Reads `schema.py` and nothing else; judges no recipe.
 """
@@ -9,9 +9,8 @@ import types
 import typing
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
-import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -196,51 +195,3 @@ def not_yet(data: dict[str, Any]) -> list[tuple[Key, str]]:
 
 
 _ABSENT = object()
-
-
-def expected(annotation: Any, metadata: list[Any] | None = None) -> str:
-    """What a value must be, in words: `a whole number from 1 to 1024`, `"auto" or a number above 0`."""
-    told = [_expected(kind, limits) for kind, limits in branches(annotation, metadata)]
-    if len(told) > 1:
-        told = [text.removeprefix("one of ") for text in told]
-    return " or ".join(told)
-
-
-def _expected(kind: Any, limits: list[Any]) -> str:
-    if typing.get_origin(kind) is Literal:
-        words = [f'"{word}"' for word in typing.get_args(kind)]
-        return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
-    if typing.get_origin(kind) is list:
-        return f"a list{_items(limits)}, each item {expected(typing.get_args(kind)[0])}"
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return "a table"
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
-    return names[kind] + _range(limits)
-
-
-def _range(limits: list[Any]) -> str:
-    told = {type(limit): limit for limit in limits}
-    low, high = told.get(annotated_types.Ge), told.get(annotated_types.Le)
-    above, below = told.get(annotated_types.Gt), told.get(annotated_types.Lt)
-    if low and high:
-        return f" from {number(low.ge)} to {number(high.le)}"
-    parts = [
-        *([f"at least {number(low.ge)}"] if low else []),
-        *([f"above {number(above.gt)}"] if above else []),
-        *([f"at most {number(high.le)}"] if high else []),
-        *([f"below {number(below.lt)}"] if below else []),
-    ]
-    return f" {' and '.join(parts)}" if parts else ""
-
-
-def _items(limits: list[Any]) -> str:
-    told = {type(limit): limit for limit in limits}
-    low, high = told.get(annotated_types.MinLen), told.get(annotated_types.MaxLen)
-    if low and high and low.min_length == high.max_length:
-        return f" of {low.min_length}"
-    return ""
-
-
-def number(value: Any) -> str:
-    """A limit as one would write it: 2**63 stays a power."""
-    return "2^63" if value == 2**63 else f"{value:g}" if isinstance(value, float) else str(value)

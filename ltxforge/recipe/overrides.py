@@ -22,6 +22,7 @@ import tomli
 from ltxforge.recipe.faults import Fault, Key, dotted
 from ltxforge.recipe.keys import branches, field_at, table_at, table_in
 from ltxforge.recipe.locate import Place, Source, Span, locate_value
+from ltxforge.recipe.report import shorten
 
 _WAY = re.compile(r"""\s*(?:"(?P<quoted>[^"]*)"|'(?P<literal>[^']*)'|(?P<bare>[^\s.="']+))\s*(?P<end>[.=]|$)""")
 
@@ -73,7 +74,7 @@ def apply(override: Override, data: dict[str, Any], places: dict[Key, Place]) ->
     if not override.value_text.strip():
         _take_out(parent, key[-1])
         return
-    value, is_toml = _value(override.value_text, key)
+    value, is_toml = _value(override.value_text, key, override.start)
     if isinstance(parent, list) and key[-1] == len(parent):
         parent.append(value)
     else:
@@ -134,20 +135,19 @@ def _parent(data: dict[str, Any], key: Key, spans: list[Span]) -> Any:
     at: Any = data
     for depth, part in enumerate(key[:-1]):
         following = key[depth + 1]
-        if isinstance(at, list):
-            if part == len(at):
-                at.append({})
-            at = at[part]
-        else:
-            at = at.setdefault(part, [] if isinstance(following, int) else {})
-        fits = isinstance(at, list) and isinstance(following, int) and following <= len(at)
-        if not fits and not (isinstance(at, dict) and isinstance(following, str)):
+        if isinstance(at, list) and part == len(at):
+            at.append({})
+        inner = at[part] if isinstance(at, list) else at.get(part, [] if isinstance(following, int) else {})
+        into_list = isinstance(inner, list) and isinstance(following, int) and following <= len(inner)
+        if not into_list and not (isinstance(inner, dict) and isinstance(following, str)):
             what = f"`{dotted(key[: depth + 1])}` holds no `{following}`"
             raise BadOverride(spans[depth + 1], what, "set the whole of it instead")
+        at[part] = inner
+        at = inner
     return at
 
 
-def _value(text: str, key: Key) -> tuple[Any, bool]:
+def _value(text: str, key: Key, start: int) -> tuple[Any, bool]:
     """The value, and whether it is TOML. Keys that take only text take bare words and numbers as text."""
     item = field_at(key)
     only_text = item is not None and not isinstance(key[-1], int) and all(
@@ -158,8 +158,16 @@ def _value(text: str, key: Key) -> tuple[Any, bool]:
     try:
         data = tomli.loads(f"x = {text}")
     except (ValueError, RecursionError):
+        if text.strip().startswith(('"', "'", "[", "{")):
+            raise _bad_value(text, start) from None
         return text.strip(), False
     return (data["x"], True) if data.keys() == {"x"} else (text.strip(), False)
+
+
+def _bad_value(text: str, start: int) -> BadOverride:
+    closing = {"[": "]", "{": "}"}.get(text.strip()[0], text.strip()[0])
+    hint = f"is the closing {closing} missing, or did the shell take the quotes?"
+    return BadOverride(Span(start, start + len(text)), f"{shorten(text.strip(), 48)} is no TOML value", hint)
 
 
 def _take_out(parent: Any, part: str | int) -> None:

@@ -16,7 +16,7 @@ from ltxforge.recipe.faults import Fault, Key, dotted, short
 from ltxforge.recipe.judge import judge
 from ltxforge.recipe.locate import Place, Source, Span
 from ltxforge.recipe.overrides import BadOverride, apply, take_apart
-from ltxforge.recipe.report import Problem, render, shorten
+from ltxforge.recipe.report import Problem, one_line, render, shorten
 from ltxforge.recipe.rules import break_rules
 from ltxforge.recipe.schema import Recipe
 from ltxforge.recipe.suggest import nearest
@@ -34,15 +34,22 @@ class Parsed:
         recipe: the recipe, defaults filled in.
         said: dotted keys that the file or an override said, `dataset.0.path`; all others are defaults.
         overridden: those of them that an override said.
-        warnings: what is legal but probably not meant, located.
-        name: the file's name as given.
+        doubts: what is legal but probably not meant, located.
+        path: the file as the user named it.
+        text: the file's text, without overrides.
     """
 
     recipe: Recipe
     said: frozenset[str]
-    overridden: frozenset[str] = frozenset()
-    warnings: tuple[Problem, ...] = ()
-    name: str = ""
+    overridden: frozenset[str]
+    doubts: tuple[Problem, ...]
+    path: str
+    text: str
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The doubts, a line each."""
+        return tuple(map(one_line, self.doubts))
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Parsed:
@@ -81,7 +88,7 @@ def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Parsed:
     if any(problem.level == "error" for problem in problems):
         raise _refusal(problems)
     overridden = frozenset(key for key in said if _is_override(places, key, source))
-    return Parsed(verdict.recipe, said, overridden, tuple(problems), name)
+    return Parsed(verdict.recipe, said, overridden, tuple(problems), name, source.text)
 
 
 def _read(path: Path) -> bytes:

@@ -49,17 +49,20 @@ def render(problems: Sequence[Problem]) -> str:
 
 def render_one(problem: Problem) -> str:
     """One problem: `file:line:column  what`, the line, carets and the hint."""
-    place = visible(shorten(problem.where, 120))
-    if problem.line:
-        place += f":{problem.line}:{problem.column}"
     warning = "warning: " if problem.level == "warning" else ""
-    head = f"{place}  {warning}{visible(problem.what)}"
+    head = f"{_place(problem)}  {warning}{visible(problem.what)}"
     if not problem.column:
         return f"{head}\n        {visible(problem.hint)}" if problem.hint else head
     excerpt, before, under = _excerpt(problem.text, problem.column - 1, problem.length)
     number = str(problem.line) if problem.line else ""
     carets = f"{' ' * before}{'^' * under} {visible(problem.hint)}".rstrip()
     return f"{head}\n{number:>5} | {excerpt}".rstrip() + f"\n{'':>5} | {carets}"
+
+
+def one_line(problem: Problem) -> str:
+    """One problem in a line, for lists and logs: `file:line:column  what (hint)`."""
+    hint = f" ({visible(problem.hint)})" if problem.hint else ""
+    return f"{_place(problem)}  {visible(problem.what)}{hint}"
 
 
 def summary(problems: Sequence[Problem]) -> str:
@@ -101,6 +104,11 @@ def _cells(character: str) -> int:
     if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _place(problem: Problem) -> str:
+    place = visible(shorten(problem.where, 120))
+    return f"{place}:{problem.line}:{problem.column}" if problem.line else place
 
 
 def _excerpt(line: str, start: int, length: int) -> tuple[str, int, int]:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from ltxforge.recipe.faults import Fault, Key
+from ltxforge.recipe.faults import Fault, Key, dotted
 from ltxforge.recipe.schema import Dataset, Recipe
 from ltxforge.recipe.suggest import nearest
+from ltxforge.recipe.wording import toml
 from ltxforge.specs import SPECS, TINY, ModelSpec
 
 BUILTIN_DATASETS = ("builtin/shapes",)
@@ -240,8 +241,9 @@ def _folders_apart(recipe: Recipe) -> Iterator[Fault]:
             continue
         for other, path in taken:
             if _folder(folder) == _folder(path):
-                yield Fault(key, f"directory = \"{folder}\" is also used by {'.'.join(map(str, other))}",
-                            "give each its own folder; clips are never written to", other=other)  # fmt: skip
+                what = f"directory = {toml(folder)} is also {dotted(other)}"
+                yield Fault(key, what, "each needs a folder of its own; clips are never written to", other=other)
+                break
         taken.append((key, folder))
 
 
@@ -306,10 +308,10 @@ def _sampled_rate_is_trained(recipe: Recipe) -> Iterator[Fault]:
 
 def _unlike_training(recipe: Recipe, name: str, trained: set) -> Iterator[Fault]:
     """Warn where validation samples differ from what every dataset trains on."""
-    told = " or ".join(str(value) for value in sorted(trained))
+    told = " or ".join(toml(value) for value in sorted(trained))
     places: list[tuple[Key, object]] = [(("validation", name), getattr(recipe.validation, name))]
     for place, prompt in enumerate(recipe.validation.prompt):
         places.append((("validation", "prompt", place, name), getattr(prompt, name)))
     for key, value in places:
         if value is not None and trained and value not in trained:
-            yield _warning(key, f"{name} = {value} is not what is trained on", f"training uses {told}")
+            yield _warning(key, f"{name} = {toml(value)} is not what is trained on", f"training uses {told}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -61,7 +61,7 @@ def _check_name(name: str) -> str:
 
 def _check_not_blank(text: str) -> str:
     if not text.strip():
-        raise ValueError("is empty; leave the key out to get its default, if it has one")
+        raise ValueError("is empty; give it a value, or leave the key out")
     if "\0" in text:
         raise ValueError("holds a NUL character; remove it")
     return text
@@ -103,13 +103,18 @@ def _check_pattern(target: str) -> str:
     return target
 
 
-Size = Annotated[str, AfterValidator(_check_size)]
+# The extras are for JSON Schema only, which cannot know the checks.
+Size = Annotated[
+    str, AfterValidator(_check_size), Field(json_schema_extra={"pattern": r"^\s*\d{1,6}\s*[x×]\s*\d{1,6}\s*$"})
+]
 Frames = Annotated[int, Field(ge=1, le=10_001), AfterValidator(_check_frames)]
 Fps = Annotated[float, Field(gt=0, le=240)]
-Name = Annotated[str, AfterValidator(_check_name)]
-Text = Annotated[str, AfterValidator(_check_not_blank)]
-Source = Annotated[str, AfterValidator(_check_source)]
-Positive = Annotated[float, AfterValidator(_check_positive)]
+Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": "^[a-z0-9][a-z0-9_-]{0,63}$"})]
+Text = Annotated[str, AfterValidator(_check_not_blank), Field(json_schema_extra={"pattern": r"\S"})]
+Source = Annotated[str, AfterValidator(_check_source), Field(json_schema_extra={"pattern": r"\S"})]
+Positive = Annotated[float, AfterValidator(_check_positive), Field(json_schema_extra={"exclusiveMinimum": 0})]
+ClipBound = Annotated[float, AfterValidator(_check_clip), Field(json_schema_extra={"exclusiveMinimum": 0})]
+Alpha = Annotated[float, AfterValidator(_check_alpha), Field(json_schema_extra={"exclusiveMinimum": 0})]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=100_000_000)]
 
@@ -181,10 +186,10 @@ class Training(_Section):
     precision: Literal["bf16", "fp32"] | None = Field(
         None, description="Base weights and activations; LoRA weights and moments are always fp32. Default: by device."
     )
-    clip_norm: Annotated[float, AfterValidator(_check_clip)] | None = Field(
+    clip_norm: ClipBound | None = Field(
         None, description="Bound on the norm of the whole gradient; default 1.0 unless clip_value is given."
     )
-    clip_value: Annotated[float, AfterValidator(_check_clip)] | None = Field(
+    clip_value: ClipBound | None = Field(
         None, description="Bound on each element of the gradient, instead of clip_norm."
     )
 
@@ -211,7 +216,7 @@ class Lora(_Section):
     """The adapter."""
 
     rank: Annotated[int, Field(ge=1, le=1024)] = Field(32, description="R: width of the low-rank update.")
-    alpha: Annotated[float, AfterValidator(_check_alpha)] | None = Field(
+    alpha: Alpha | None = Field(
         None, description="Scale is alpha / rank (rsLoRA: alpha / sqrt(rank)); default: the rank."
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout on the LoRA branch.")
@@ -341,8 +346,3 @@ NOT_YET: dict[str, str] = {
     "hub": "pushing to the Hub is not in this release yet",
 }
 """Keys that the design has a place for and this release has not: refused by name, with the reason."""
-
-
-def schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe, for editors."""
-    return Recipe.model_json_schema()

@@ -11,12 +11,14 @@ from typing import Any
 import tomli
 
 from ltxforge.recipe.faults import Key, dotted
+from ltxforge.recipe.keys import header
 from ltxforge.recipe.locate import Place, Source, Span, Statement, locate, statements
 from ltxforge.recipe.report import Problem
 
 MAX_BYTES = 2**20
 
-_WINDOWS_PATH = re.compile(r'"(?:[A-Za-z]:\\|\\\\|[^"\n\\/]*\\[^btnfruUex"\\])')
+_WINDOWS_PATH = re.compile(r'"(?:[A-Za-z]:|~|\.{1,2}|\\)\\')
+_OPEN_QUOTE = re.compile(r"""(?:[^"'\n]|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')*(?P<open>["'])""")
 _TWICE = (
     "Cannot overwrite a value",
     "Cannot declare",
@@ -101,7 +103,8 @@ def _worded(message: str, text: str, pos: int, word: str) -> tuple[str, str]:
     if message.startswith("Expected newline or end of document"):
         begin = re.search(r"=\s*([^=]*)$", before)
         value = f"{begin[1] if begin else ''}{word}".strip()
-        return f"`{word or rest}` is left over after the value", f'text stands in quotes: "{value}"' if word else ""
+        hint = f'text stands in quotes: "{value}"' if re.fullmatch(r"[\w./:+-]+( [\w./:+-]+)*", value) else ""
+        return f"`{word or rest}` is left over after the value", hint
     if message.startswith("Expected '='"):
         if rest == ":" or before.rstrip().endswith(":"):
             return "a key and its value are joined by `=`, not by `:`", "write key = value"
@@ -109,7 +112,8 @@ def _worded(message: str, text: str, pos: int, word: str) -> tuple[str, str]:
     if message.startswith("Expected ']"):
         return "this header is not closed", "write [table] or [[table]] on a line of its own"
     if message.startswith("Unclosed"):
-        return f"this {'array' if 'array' in message else 'inline table'} is not closed", ""
+        kind, bracket = ("array", "]") if "array" in message else ("inline table", "}")
+        return f"this {kind} is not closed", f"a comma or `{bracket}` is missing before this"
     if message.startswith(("Invalid statement", "Invalid initial character")):
         return f"a key or a header cannot begin with `{rest.strip()}`", "write key = value, [table] or [[table]]"
     if message.startswith("Illegal character"):
@@ -132,6 +136,7 @@ def _invalid_value(word: str, rest: str) -> tuple[str, str]:
 
 def _bad_escape(source: Source, pos: int) -> Problem:
     begin = source.text.rfind('"', 0, pos)
+    pos = source.text.rfind("\\", 0, pos)
     span = Span(pos, pos + 2)
     if _WINDOWS_PATH.match(source.text, begin):
         hint = "a Windows path stands in single quotes, or takes forward slashes: 'C:\\clips' or \"C:/clips\""
@@ -142,11 +147,14 @@ def _bad_escape(source: Source, pos: int) -> Problem:
 
 def _unclosed_string(source: Source, pos: int) -> Problem:
     """tomli reports where a string breaks off; the reader wants to see where it begins."""
-    line_start = source.text.rfind("\n", 0, max(0, pos - 1)) + 1
-    if pos < len(source.text) and source.text[pos] == "\n":
-        line_start = source.text.rfind("\n", 0, pos) + 1
-    quote = re.compile(r"[\"']").search(source.text, line_start, pos)
-    start = quote.start() if quote else max(0, pos - 1)
+    start = max(0, pos - 1)
+    line_start = source.text.rfind("\n", 0, start) + 1
+    for quote in ('"""', "'''"):
+        if source.text.count(quote, 0, pos) % 2:
+            line_start = start = source.text.rfind(quote, 0, pos)
+    if start != line_start:
+        quotes = _OPEN_QUOTE.search(source.text, line_start, pos)
+        start = quotes.start("open") if quotes else start
     return _problem(source, Span(start, max(start + 1, pos)), "this text is not closed", "the closing quote is missing")
 
 
@@ -158,8 +166,8 @@ def _twice(source: Source, pos: int) -> Problem:
     last, first = next((pair for pair in pairs if pair[1]), pairs[0])
     line = source.line_and_column(first.span.start)[0] if first else 0
     hint = f"the first is on line {line}; keep one of them" if first else "keep one of them"
-    if source.text[max(0, last.span.start - 1)] == "[" and not isinstance(last.key[-1], int):
-        hint = f"{hint}, or write [[{dotted(last.key)}]] for each item of a list"
+    if source.text[max(0, last.span.start - 1)] == "[" and header(last.key).startswith("[["):
+        hint = f"write {header(last.key)} for each item of the list; the first is on line {line}"
     return _problem(source, last.span, f"`{dotted(last.key)}` is said twice", hint, key=dotted(last.key))
 
 
