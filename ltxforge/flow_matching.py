@@ -135,14 +135,15 @@ def noise_batch(latents: Tensor, clean: Tensor, flow: FlowPlan, seed: int, step:
 
 
 def mix(latents: Tensor, noise: Tensor, sigma: Sequence[float], clean: Tensor) -> NoisyBatch:
-    """Noise latents with given draws; shapes as in `noise_batch`."""
-    levels = torch.tensor(sigma, dtype=latents.dtype, device=latents.device)[:, None]
-    per_token = torch.where(clean, torch.zeros_like(levels), levels)
-    noisy = (1 - per_token[..., None]) * latents + per_token[..., None] * noise
-    timesteps = per_token if bool(clean.any()) else levels
+    """Noise latents with given draws; shapes as in `noise_batch`. Each σ and σ·1000 is rounded once, from float64."""
+    drawn = torch.tensor(sigma, dtype=torch.float64)[:, None]
+    kept = clean.cpu()
+    per_token = drawn.expand(kept.shape).masked_fill(kept, 0.0)
+    timesteps = per_token if bool(kept.any()) else drawn
+    level = per_token.to(latents.dtype).to(latents.device)[..., None]
     return NoisyBatch(
-        tokens=noisy,
-        timesteps=timesteps * 1000,
+        tokens=(1 - level) * latents + level * noise,
+        timesteps=(timesteps * 1000).to(torch.float32).to(latents.device),
         velocity=noise - latents,
         mask=(~clean).to(latents.dtype),
         sigma=tuple(sigma),

@@ -1,0 +1,74 @@
+"""Shared pieces: a small plan, a cache filled with made-up latents, models that fit it. No network, ever."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ltxforge import plan as planning
+from ltxforge.shapes import ClipShape
+from ltxforge.specs import TINY
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real clips, or a skip where there is none."""
+    folder = os.environ.get("LTXFORGE_TEST_DATA")
+    if not folder or not (Path(folder) / "clips").is_dir():
+        pytest.skip("set LTXFORGE_TEST_DATA to a folder with clips/ and nasty/ to run this")
+    return Path(folder)
+
+
+def make_plan(directory: Path, base: str = "tiny/ltx-video", **changes: object) -> planning.Plan:
+    """A plan for made-up samples of two shapes, six in all, as the planner would give."""
+    spec = TINY[base]
+    shapes = [ClipShape(64, 64, 9)] * 4 + [ClipShape(96, 64, 17)] * 2
+    samples = tuple(
+        planning.SamplePlan("made-up", f"clip{n}", f"/clips/{n}.mp4", f"caption {n}", shape, 25.0, 0.0)
+        for n, shape in enumerate(shapes)
+    )
+    buckets = tuple(
+        planning.BucketPlan(shape, 25.0, shape.latent().tokens, shapes.count(shape)) for shape in sorted(set(shapes))
+    )
+    part = planning.ComponentPlan(source=base, kind="builtin", digest=f"builtin:{base}", location=base)
+    names = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    plan = planning.Plan(
+        name="made-up",
+        seed=42,
+        steps=6,
+        steps_per_epoch=2.0,
+        model=planning.ModelPlan(base, spec.version, spec.rope, dict.fromkeys(names, part)),
+        device=planning.DevicePlan("fp32", "cpu", "PyTorch SDPA", "exact", "a test"),
+        data=planning.DataPlan(samples, buckets),
+        cache=planning.CachePlan(str(directory / "cache")),
+        flow=planning.FlowPlan("stretched-logit-normal", None, True, 0.1),
+        conditioning=planning.ConditioningPlan(0.5, 0.25, 32),
+        lora=planning.LoraPlan(4, 4.0, 0.0, False, ("attention", "feed_forward"), "fp32"),
+        optimizer=planning.OptimizerPlan("adamw", 1e-2, (0.9, 0.999), 1e-8, 0.0, "cosine", 2, 6, 0.0, 2.0),
+        training=planning.TrainingPlan(2, 2, 1.0, None),
+        memory=planning.MemoryPlan(0),
+        checkpoint=planning.CheckpointPlan(2, 2),
+        validation=planning.ValidationPlan(0, False),
+        directory=str(directory / "run"),
+    )
+    return dataclasses.replace(plan, **changes)
+
+
+@pytest.fixture
+def tiny_plan(tmp_path: Path) -> planning.Plan:
+    """`make_plan` in a fresh folder."""
+    return make_plan(tmp_path)
+
+
+@pytest.fixture
+def plan_maker(tmp_path: Path) -> Callable[..., planning.Plan]:
+    """`make_plan` in a fresh folder, for tests that change parts."""
+    return lambda *arguments, **changes: make_plan(tmp_path, *arguments, **changes)
