@@ -5,8 +5,8 @@ Decides which frames are shown, how large, and where the text goes. Draws no con
 
 from __future__ import annotations
 
+import bisect
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ MOST_FRAMES = 8
 SMALLEST_TILE, LARGEST_TILE, TALLEST_TILE = 160, 320, 400
 MARGIN, GAP, LABEL_HEIGHT, LEAST_WIDTH = 20, 10, 22, 520
 PROMPT_LINES = 3
+LONGEST_PROMPT = 1000  # characters; three lines hold fewer
 BACKGROUND, TITLE, TEXT, FAINT = (24, 26, 30), (240, 241, 243), (204, 208, 214), (134, 140, 150)
 
 
@@ -91,7 +92,8 @@ def _tile(frame: np.ndarray, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST if size[0] > image.width else Image.Resampling.LANCZOS)
 
 
-HeadLine = tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont, tuple[int, int, int], int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+HeadLine = tuple[str, Font, tuple[int, int, int], int]
 
 
 def _head_lines(text: SheetText, width: int) -> list[HeadLine]:
@@ -102,32 +104,37 @@ def _head_lines(text: SheetText, width: int) -> list[HeadLine]:
     return [*lines, ("", facts, FAINT, 4), (_cut(text.facts, facts, width), facts, FAINT, 20)]
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int) -> list[str]:
-    """The text in lines of at most `width` pixels; beyond `most` lines it is cut with an ellipsis."""
-    lines: list[str] = []
-    for word in _words(text, font, width):
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
+def wrap(text: str, font: Font, width: int, most: int) -> list[str]:
+    """The text in lines of at most `width` pixels; beyond `most` lines it is cut with an ellipsis.
+
+    A word wider than a line is broken (languages without spaces); control characters are left out.
+    """
+    clean = "".join(character if character.isprintable() else " " for character in text[:LONGEST_PROMPT])
+    words, lines = clean.split(), [""]
+    while words and len(lines) <= most:
+        word = words.pop(0)
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+        elif lines[-1]:
+            lines.append("")
+            words.insert(0, word)
         else:
-            lines.append(word)
-    return lines if len(lines) <= most else [*lines[: most - 1], _cut(" ".join(lines[most - 1 :]), font, width)]
+            fits = _fitting(word, font, width)
+            lines[-1:] = [word[:fits], ""]
+            words.insert(0, word[fits:])
+    if len(lines) > most:
+        return [*lines[: most - 1], _cut(f"{lines[most - 1]} {' '.join(words)}", font, width)]
+    return lines if lines[-1] else lines[:-1]
 
 
-def _words(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> Sequence[str]:
-    """Words, those wider than a line in pieces (languages without spaces); control characters are left out."""
-    clean = "".join(character if character.isprintable() else " " for character in text)
-    words: list[str] = []
-    for word in clean.split():
-        while font.getlength(word) > width:
-            fits = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
-            words.append(word[:fits])
-            word = word[fits:]
-        words.append(word)
-    return words
-
-
-def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _cut(text: str, font: Font, width: int) -> str:
+    text = text[:LONGEST_PROMPT]
     if font.getlength(text) <= width:
         return text
-    fits = next(n for n in range(len(text), -1, -1) if font.getlength(text[:n].rstrip() + "...") <= width)
-    return text[:fits].rstrip() + "..."
+    return text[: _fitting(text, font, width - font.getlength("..."))].rstrip() + "..."
+
+
+def _fitting(text: str, font: Font, width: float) -> int:
+    """How many characters of `text` fit into `width` pixels; at least one."""
+    return max(1, bisect.bisect_right(range(1, len(text) + 1), width, key=lambda count: font.getlength(text[:count])))
