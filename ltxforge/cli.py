@@ -14,7 +14,7 @@ import typer
 from ltxforge import __version__
 from ltxforge.errors import LtxforgeError
 from ltxforge.recipe import parse
-from ltxforge.recipe.schema import schema as recipe_schema
+from ltxforge.recipe.json_schema import recipe_schema
 
 app = typer.Typer(
     add_completion=False,

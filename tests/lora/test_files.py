@@ -158,7 +158,9 @@ def original_modules(base: str) -> list[str]:
     return [n.replace("proj_in", "patchify_proj").replace("time_embed", "adaln_single") for n in names]
 
 
-@pytest.mark.parametrize("targets", [("attention",), ("all",), ("attention", "proj_in", "time_embed.linear", "proj_out")])
+@pytest.mark.parametrize(
+    "targets", [("attention",), ("all",), ("attention", "proj_in", "time_embed.linear", "proj_out")]
+)
 def test_comfyui_and_the_official_loader_add_the_same_deltas(targets, tmp_path):
     lora = dataclasses.replace(PLAIN, alpha=6.0, targets=targets)
     model = trained_model(lora)
@@ -205,7 +207,9 @@ def test_a_foreign_file_is_refused(tmp_path):
 def test_the_torch_free_list_of_linears_is_the_model_s(base):
     spec = TINY[base]
     transformer = tiny_parts(spec).transformer(CPU, torch.float32)
-    real = {n: (m.in_features, m.out_features) for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    real = {
+        n: (m.in_features, m.out_features) for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)
+    }
     assert linear_layers(spec) == real
 
 
