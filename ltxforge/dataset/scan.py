@@ -25,10 +25,9 @@ from ltxforge.media.probe import Probe, ProbeError, probe, require_regular_file
 from ltxforge.shapes import ClipShape
 from ltxforge.signals import StopRequest
 
-EXTENSIONS = frozenset(
-    (".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".wmv", ".asf", ".flv", ".ogv", ".mxf", ".gif")
-    + (".mpg", ".mpeg", ".m2v", ".ts", ".mts", ".m2ts")
-)
+_MP4_AND_KIN = (".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm")
+_MPEG_STREAMS = (".mpg", ".mpeg", ".m2v", ".ts", ".mts", ".m2ts")
+EXTENSIONS = frozenset([*_MP4_AND_KIN, *_MPEG_STREAMS, ".avi", ".wmv", ".asf", ".flv", ".ogv", ".mxf", ".gif"])
 _KEPT_SHARE_WARNING = 0.5
 
 

@@ -50,7 +50,7 @@ def render(directory: Path) -> Path:
     try:
         with durable.staged_folder(directory, _FACTS) as staging:
             for scene in _SCENES:
-                write_video(staging / f"{scene.name}.mp4", _frames(scene), scene.fps)
+                write_video(staging / f"{scene.name}.mp4", _frames(scene), scene.fps, threads=1)
                 durable.write_file(staging / f"{scene.name}.txt", scene.caption + "\n")
     except OSError:
         if not _is_whole(directory):  # else another process rendered it meanwhile

@@ -15,9 +15,11 @@ import av
 from av.video.reformatter import ColorRange
 
 from ltxforge.media import geometry
-from ltxforge.media.video_file import MATRIX_NAMES, MediaFault, VideoFile, colour_of, display_matrix
+from ltxforge.media.video_file import MATRIX_NAMES, TICK_SECONDS, MediaFault, VideoFile, colour_of, display_matrix
 
 MAX_GAP_SECONDS = 60.0
+# A header that promises this much more than there is tells of a file that was cut.
+_MISSING_SECONDS = 0.5
 # ITU-T H.273; numbers that are not listed are shown as such.
 _TRANSFERS = {1: "bt709", 2: "unspecified", 4: "gamma22", 5: "gamma28", 6: "bt601", 8: "linear", 13: "srgb"}
 _TRANSFERS |= {14: "bt2020", 15: "bt2020", 16: "pq", 18: "hlg"}
@@ -106,7 +108,7 @@ def _packet_times(video: VideoFile) -> tuple[list[float], str]:
         doubt = "cut: the file cannot be read to its end"
     if count < video.stream.frames:
         doubt = "cut: fewer packets than the index says"
-    if video.container.duration and video.container.duration / 1e6 > end + 1.0:
+    if video.container.duration and video.container.duration / 1e6 > end + _MISSING_SECONDS:
         doubt = doubt or "cut: shorter than its header says"
     times = [seconds for seconds in _distinct(times) if seconds >= 0]
     return times, doubt if times else doubt or "packets without times"
@@ -133,7 +135,7 @@ def _ends_at(video: VideoFile, last: float) -> bool:
             reached = seconds
     except MediaFault:
         return False
-    return abs(reached - last) <= video.tolerance
+    return abs(reached - last) <= TICK_SECONDS
 
 
 def _distinct(times: Iterable[float]) -> list[float]:

@@ -25,6 +25,8 @@ FORMATS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,gif,mxf,m
 SEEKABLE = ("mov", "matroska")
 MAX_SIDE = 8192
 MAX_PIXELS = 8192 * 4608
+# How much later than asked a frame may start: Matroska rounds times to milliseconds, as do copies made of it.
+TICK_SECONDS = 1e-3 + 0.5e-6
 # Reading on from the start is cheaper than a seek that lands on the key frame before it.
 _SEEK_BEYOND_SECONDS = 2.0
 # Bit-exact across processors; full chroma resolution and correct rounding, where swscale's defaults trade both away.
@@ -100,11 +102,6 @@ class VideoFile:
     def has_several_pictures(self) -> bool:
         """Whether the file holds more than one video."""
         return len(_pictures(self.container)) > 1
-
-    @property
-    def tolerance(self) -> float:
-        """How much later than asked a frame may start: containers round times to ticks, Matroska to milliseconds."""
-        return min(float(self.stream.time_base or 0), 1e-3) + 0.5e-6
 
     def frames(self, start: float = 0.0) -> Iterator[tuple[float, av.VideoFrame]]:
         """Frames in order of presentation with their times, from at or before `start` (seconds from the first) on.
@@ -203,7 +200,7 @@ class VideoFile:
                 if not frame.key_frame:
                     continue
                 key = seconds
-                if key > start + self.tolerance:
+                if key > start + TICK_SECONDS:
                     break
             if seconds >= key:  # leading frames of an open group refer to pictures before the key frame
                 yield seconds, frame
@@ -225,7 +222,7 @@ def read_frames(path: str, timestamps: Sequence[float], size: tuple[int, int]) -
         try:
             for seconds, frame in video.frames(timestamps[0]):
                 picture = None
-                while held is not None and timestamps[good] + video.tolerance < seconds:
+                while held is not None and timestamps[good] + TICK_SECONDS < seconds:
                     picture = video.picture(held, size) if picture is None else picture
                     yield picture
                     good += 1
@@ -238,7 +235,7 @@ def read_frames(path: str, timestamps: Sequence[float], size: tuple[int, int]) -
             fault = error.reason
         last = None if held is None else video.picture(held, size)
         for wanted in timestamps[good:]:
-            if last is None or wanted > held_at + interval + video.tolerance:
+            if last is None or wanted > held_at + interval + TICK_SECONDS:
                 raise MediaFault(f"{fault} at {held_at:.3f} s and {wanted:.3f} s is wanted", good)
             yield last
             good += 1
@@ -278,7 +275,7 @@ def _why_not_opened(path: str, error: av.error.FFmpegError) -> str:
     boxes = _top_boxes(path)
     if boxes and "moov" not in boxes:
         return "its index is missing (no moov box): the file was cut off or never finished"
-    if isinstance(error, av.error.InvalidDataError):
+    if isinstance(error, (av.error.InvalidDataError, av.error.ArgumentError)):  # the latter: a format not in FORMATS
         return "not a video file"
     return f"cannot be opened ({_plain(error)})"
 
