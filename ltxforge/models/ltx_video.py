@@ -285,12 +285,14 @@ class LTXVideo:
 
     @torch.no_grad()
     def encode_prompts(self, captions: Sequence[str], tokens: int) -> list[PromptEmbeddings]:
-        """Exactly diffusers' encoding: padded to `tokens`, the encoder itself unmasked; then trimmed.
+        """Exactly the encoding of the rope's own pipeline: padded to `tokens`, then trimmed.
 
-        One caption at a time, so that its bits do not depend on its neighbours.
+        LTXConditionPipeline hides the padding from the encoder, LTXPipeline and LTXImageToVideoPipeline do not. One
+        caption at a time, so that its bits do not depend on its neighbours.
         """
         assert self._text_encoder is not None, "encode_prompts works inside text_encoder()"
         encoder, tokenizer = self._text_encoder
+        masked = self.rope == "causal"
         encoded = []
         for caption in captions:
             words = tokenizer(
@@ -301,7 +303,8 @@ class LTXVideo:
                 add_special_tokens=True,
                 return_tensors="pt",
             )
-            embeds = encoder(words.input_ids.to(self.device))[0][0]
+            mask = words.attention_mask.bool().to(self.device) if masked else None
+            embeds = encoder(words.input_ids.to(self.device), attention_mask=mask)[0][0]
             encoded.append(PromptEmbeddings(embeds[: int(words.attention_mask.sum())].cpu().clone()))
         return encoded
 
