@@ -8,6 +8,7 @@ from the model, its sampling numbers from the version's spec.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from ltxforge.durable import inside
-from ltxforge.errors import DataError
 from ltxforge.events import Emit, Note, PhaseAdvanced, PhaseEnded, PhaseStarted, SampleReady
+from ltxforge.media.decode import DecodeError, read_image
 from ltxforge.media.write import write_video
 from ltxforge.models.interface import PromptEmbeddings, VideoModel, pad_prompts
 from ltxforge.plan import Plan, PromptPlan
@@ -36,13 +37,13 @@ OnStep = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled video: `latents` [T, C] as the last denoising step left them, `frames` uint8 [N, height, width, 3]."""
+    """One sampled video: `latents` [T, C] after the last denoising step, `frames` uint8 [N, height, width, 3]."""
 
     latents: Tensor
     frames: np.ndarray
 
 
-class _Interrupted(Exception):  # noqa: N818  it is no error
+class _Interrupted(Exception):
     """A stop was asked for between two denoising steps."""
 
 
@@ -74,7 +75,7 @@ def validate(
             emit(ready[-1])
         except _Interrupted:
             break
-        except (torch.OutOfMemoryError, DataError) as error:
+        except (torch.OutOfMemoryError, DecodeError) as error:
             emit(Note(f"no sample {prompt.name} after step {step}, training goes on: {error}", "warning"))
         done += prompt.steps
     emit(PhaseEnded(PHASE, time.perf_counter() - began, "stopped" if stop.requested else ""))
@@ -103,8 +104,9 @@ def sample(
     stop: StopRequest | None = None,
 ) -> Sample:
     """Make one sample and write nothing: bit for bit what the stock pipeline gives with these parts and this seed."""
-    image = read_image(Path(prompt.image)) if prompt.image else None
-    with training_untouched(model), model.vae():
+    size = prompt.shape.width, prompt.shape.height
+    image = Image.fromarray(read_image(Path(prompt.image), size)) if prompt.image else None
+    with training_untouched(model), model.vae(), quiet_diffusers():
         pipeline = model.pipeline(with_image=image is not None)
         # Decoders of 0.9.1's kind draw noise inside; so it comes from the sample's seed and not from the training's.
         torch.manual_seed(prompt.seed)
@@ -119,7 +121,7 @@ def sample(
             return {}
 
         if image is not None:
-            call["image"] = cover(image, prompt.shape.width, prompt.shape.height)
+            call["image"] = image
         video = pipeline(**call, callback_on_step_end=after_step).frames[0]
     return Sample(latents[0][0].cpu(), np.rint(video * 255.0).astype(np.uint8))
 
@@ -129,9 +131,10 @@ def pipeline_arguments(
 ) -> dict[str, Any]:
     """The pipeline call of a planned prompt, its image excepted.
 
-    The noise comes from a CPU generator, the same on every device; only LTXImageToVideoPipeline asks for one on its own.
+    The noise comes from a CPU generator, the same for every device; LTXImageToVideoPipeline alone takes only one that
+    lives on its own device.
     """
-    sampling, guided = model.spec.sampling, prompt.guidance > 1
+    sampling = model.spec.sampling
     device = model.device if isinstance(pipeline, LTXImageToVideoPipeline) else torch.device("cpu")
     call: dict[str, Any] = {
         "width": prompt.shape.width,
@@ -145,7 +148,8 @@ def pipeline_arguments(
         "generator": torch.Generator(device).manual_seed(prompt.seed),
         "output_type": "np",
     }
-    for prefix, text in [("", prompt.prompt)] + [("negative_", prompt.negative_prompt)] * guided:
+    texts = {"": prompt.prompt} | ({"negative_": prompt.negative_prompt} if prompt.guidance > 1 else {})
+    for prefix, text in texts.items():
         batch = pad_prompts([prompts[text]], prompt_tokens, model.device, model.dtype)
         call[f"{prefix}prompt_embeds"], call[f"{prefix}prompt_attention_mask"] = batch.embeds, batch.mask
     if sampling.timesteps and prompt.steps == sampling.steps:
@@ -168,9 +172,21 @@ class FixedTimesteps(FlowMatchEulerDiscreteScheduler):
         made.fixed = timesteps
         return made
 
-    def set_timesteps(self, *_args: Any, device: Any = None, **_kwargs: Any) -> None:
-        """Set the list; the caller's own sigmas and shift are passed over."""
+    def set_timesteps(self, device: Any = None, sigmas: Any = None, mu: Any = None) -> None:  # noqa: ARG002
+        """Set the list. `sigmas` and `mu` are the pipeline's own wishes and are passed over."""
         super().set_timesteps(timesteps=list(self.fixed), device=device)
+
+
+@contextlib.contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Without diffusers' warnings: LTXConditionPipeline's own way of giving its timesteps draws one at every call."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

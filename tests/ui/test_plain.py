@@ -37,7 +37,7 @@ def run_of(steps, seconds_per_step):
     for step in range(1, steps + 1):
         clock.now += seconds_per_step
         before = stream.tell()
-        screen(StepDone(step, steps, 0.5, 0.1, 1e-4, 0.0, seconds={"all": seconds_per_step}))
+        screen(StepDone(step, steps, 0.5, 0.1, 1e-4, 0.0, seconds={"step": seconds_per_step}))
         if stream.tell() > before:
             times.append(clock.now - 100.0)
     return stream.getvalue().splitlines(), times

@@ -32,7 +32,7 @@ def trained(width, clock=None):
     screen(PhaseStarted("train", 1000))
     for step in range(1, 401):
         clock.now += 0.5
-        screen(StepDone(step, 1000, 0.5 if step < 400 else 0.9, 0.1, 1e-4, step / 100, seconds={"all": 0.5}))
+        screen(StepDone(step, 1000, 0.5 if step < 400 else 0.9, 0.1, 1e-4, step / 100, seconds={"step": 0.5}))
     screen(CheckpointSaved(400, "x", 1, 0.1))
     screen(PhaseStarted("validate", 40))
     screen(PhaseAdvanced("validate", 10, "fox\x1b[2J"))
