@@ -1,0 +1,254 @@
+"""Scanning: every file gets its verdict, nothing of the user's changes, and what was found is remembered."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from ltxforge.dataset import scan as scanning
+from ltxforge.dataset.scan import Clip, enforce_max_rejected, scan
+from ltxforge.errors import DataError, PlanError, RunError, Stopped
+from ltxforge.events import ClipJudged, Event, PhaseAdvanced, PhaseEnded, PhaseStarted
+from ltxforge.media import demo
+from ltxforge.media.probe import ProbeError
+from ltxforge.signals import StopRequest
+
+
+def look(folder: Path, events: list[Event] | None = None, **changes: object) -> dict[str, Clip]:
+    rules = {"resolution": (128, 96), "frames": 17, "fps": 25.0, "stop": StopRequest()} | changes
+    emit = (lambda _: None) if events is None else events.append
+    return {clip.name: clip for clip in scan(folder, dataset_id="test", emit=emit, **rules)}
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo.render(tmp_path_factory.mktemp("demo") / "shapes")
+
+
+@pytest.fixture
+def folder(rendered: Path, tmp_path: Path) -> Path:
+    """Two good clips."""
+    for name in ("red_disc", "blue_square"):
+        for suffix in (".mp4", ".txt"):
+            (tmp_path / "data").mkdir(exist_ok=True)
+            shutil.copy(rendered / (name + suffix), tmp_path / "data" / (name + suffix))
+    return tmp_path / "data"
+
+
+def test_a_good_clip_has_all_facts(folder: Path) -> None:
+    clip = look(folder)["red_disc.mp4"]
+    assert (clip.verdict, clip.reason, clip.warnings) == ("ok", "", ())
+    assert clip.digest == hashlib.sha256(clip.path.read_bytes()).hexdigest()
+    assert clip.caption.startswith("A red disc") and clip.probe.size == (128, 96)
+    assert str(clip.shape) == "128x96x17" and clip.starts == (0.0, 1.32)
+
+
+def test_events_tell_every_verdict(folder: Path) -> None:
+    (folder / "bad.mp4").touch()
+    (folder / "bad.txt").write_text("words", encoding="utf-8")
+    events: list[Event] = []
+    look(folder, events)
+    assert events[0] == PhaseStarted("scan", 3, "test")
+    assert isinstance(events[-1], PhaseEnded)
+    assert [event.done for event in events if isinstance(event, PhaseAdvanced)] == [1, 2, 3]
+    judged = {Path(event.path).name: event for event in events if isinstance(event, ClipJudged)}
+    assert (judged["bad.mp4"].verdict, judged["bad.mp4"].reason) == ("rejected", "the file is empty")
+    assert (judged["red_disc.mp4"].verdict, judged["red_disc.mp4"].samples) == ("ok", 2)
+
+
+def test_which_files_are_looked_at(folder: Path) -> None:
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    for name in ("deep/er/UPPER.MP4", ".hidden/a.mp4", ".b.mp4", "._red_disc.mp4", "notes.pdf", "image.png"):
+        shutil.copy(folder / "red_disc.mp4", folder / name)
+    assert list(look(folder)) == ["blue_square.mp4", "deep/er/UPPER.MP4", "red_disc.mp4"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs links")
+def test_links(folder: Path, tmp_path: Path) -> None:
+    shutil.move(folder / "red_disc.mp4", tmp_path / "elsewhere.mp4")
+    (folder / "red_disc.mp4").symlink_to(tmp_path / "elsewhere.mp4")
+    (folder / "circle").symlink_to(folder)
+    (folder / "broken.mp4").symlink_to(tmp_path / "absent.mp4")
+    (folder / "loop.mp4").symlink_to(folder / "loop.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    clips = look(folder)
+    assert {name: clip.verdict for name, clip in clips.items()} == {
+        "blue_square.mp4": "ok", "broken.mp4": "rejected", "loop.mp4": "rejected", "pipe.mp4": "rejected",
+        "red_disc.mp4": "ok",
+    }  # fmt: skip
+    assert "named pipe" in clips["pipe.mp4"].reason
+
+
+def test_the_recipes_limits_drop(folder: Path) -> None:
+    assert look(folder, frames=49)["red_disc.mp4"].verdict == "ok"
+    clip = look(folder, frames=57)["red_disc.mp4"]
+    assert (clip.verdict, clip.shape, clip.starts) == ("dropped", None, ())
+    assert clip.reason == "too short: 2.00 s (50 frames), and 57 frames at 25 fps need 2.28 s"
+    clip = look(folder, resolution=(512, 384))["red_disc.mp4"]
+    assert clip.verdict == "dropped" and clip.reason.startswith("too small: 128x96 must be enlarged 4.00 times")
+    assert look(folder, resolution=(512, 384), max_upscale=4.0)["red_disc.mp4"].verdict == "ok"
+
+
+def test_the_second_of_two_equal_clips_is_dropped(folder: Path) -> None:
+    for suffix in (".mp4", ".txt"):
+        shutil.copy(folder / f"red_disc{suffix}", folder / f"zz_copy{suffix}")
+        shutil.copy(folder / f"red_disc{suffix}", folder / f"zz_other{suffix}")
+    (folder / "zz_other.txt").write_text("The same picture in other words.", encoding="utf-8")
+    clips = look(folder)
+    assert (clips["zz_copy.mp4"].verdict, clips["zz_copy.mp4"].starts) == ("dropped", ())
+    assert "red_disc.mp4" in clips["zz_copy.mp4"].reason
+    assert clips["zz_other.mp4"].verdict == "ok"
+
+
+def test_illegal_frames_are_our_mistake(folder: Path) -> None:
+    with pytest.raises(ValueError, match="frame count"):
+        look(folder, frames=18)
+
+
+def test_no_folder_and_no_clips(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="does not exist"):
+        look(tmp_path / "absent")
+    with pytest.raises(PlanError, match=r"(?s)no clips.*\.webm"):
+        look(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(PlanError, match="is no folder"):
+        look(tmp_path / "file")
+
+
+def test_a_stop_is_honoured_between_clips(folder: Path, tmp_path: Path) -> None:
+    stop = StopRequest()
+
+    def stop_after_one(event: Event) -> None:
+        if isinstance(event, PhaseAdvanced):
+            stop.request()
+
+    with pytest.raises(Stopped):
+        scan(
+            folder, dataset_id="test", resolution=(128, 96), frames=17, fps=25.0, emit=stop_after_one, stop=stop,
+            memo_directory=tmp_path / "memo",
+        )  # fmt: skip
+    assert len(list((tmp_path / "memo" / "probes").iterdir())) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of arbitrary bytes")
+def test_names_that_cannot_be_written_down(folder: Path) -> None:
+    shutil.copy(folder / "red_disc.mp4", os.fsencode(folder) + b"/caf\xe9.mp4")
+    shutil.copy(folder / "red_disc.mp4", folder / "\x1b[31mred.mp4")
+    shutil.copy(folder / "red_disc.txt", folder / "\x1b[31mred.txt")
+    events: list[Event] = []
+    clips = look(folder, events)
+    assert clips["caf\\udce9.mp4"].verdict == "rejected"
+    assert clips["\\x1b[31mred.mp4"].verdict == "ok"
+    assert all(event.path.isprintable() for event in events if isinstance(event, ClipJudged))
+
+
+def age(folder: Path) -> None:
+    for path in folder.iterdir():
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+
+
+def test_what_was_found_is_remembered(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    (folder / "bad.mp4").write_text("no video", encoding="utf-8")
+    (folder / "bad.txt").write_text("words", encoding="utf-8")
+    age(folder)
+    memo = tmp_path / "memo"
+    first = look(folder, memo_directory=memo)
+
+    def must_not(*_arguments: object) -> None:
+        raise AssertionError("asked again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scanning, "probe", must_not)
+        patch.setattr(scanning.durable, "file_digest", must_not)
+        assert look(folder, memo_directory=memo) == first
+    # Another content under the old name and size is seen by its time.
+    data = bytearray((folder / "red_disc.mp4").read_bytes())
+    data[-1] ^= 1
+    (folder / "red_disc.mp4").write_bytes(bytes(data))
+    assert look(folder, memo_directory=memo)["red_disc.mp4"].digest != first["red_disc.mp4"].digest
+    # A damaged memo counts as none.
+    for path in [*memo.glob("*.json"), *memo.glob("probes/*")]:
+        path.write_text('{"probe": {"width": ', encoding="utf-8")
+    assert look(folder, memo_directory=memo)["blue_square.mp4"] == first["blue_square.mp4"]
+
+
+def test_a_dead_worker_is_not_remembered(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    def die(_path: Path) -> None:
+        raise ProbeError("the decoder crashed on it", is_certain=False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scanning, "probe", die)
+        assert look(folder, memo_directory=tmp_path / "memo")["red_disc.mp4"].verdict == "rejected"
+    assert look(folder, memo_directory=tmp_path / "memo")["red_disc.mp4"].verdict == "ok"
+
+
+def test_an_unwritable_memo_is_not_the_clips_fault(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "memo").mkdir()
+    (tmp_path / "memo" / "probes").touch()  # a file where a folder must be
+    with pytest.raises(RunError, match="cannot write into the cache"):
+        look(folder, memo_directory=tmp_path / "memo")
+
+
+def verdicts(*words: str) -> list[Clip]:
+    return [Clip(Path(f"{n}.mp4"), f"{n}.mp4", verdict=word, reason="why") for n, word in enumerate(words)]
+
+
+def test_max_rejected() -> None:
+    one_bad = verdicts("rejected", "ok")
+    enforce_max_rejected(one_bad, 0.05)  # a single one never stops
+    two_bad = verdicts("rejected", "rejected", *["ok"] * 20)
+    with pytest.raises(DataError, match=r"(?s)2 of 22.*0\.mp4: why.*1\.mp4: why"):
+        enforce_max_rejected(two_bad, 0.05)
+    enforce_max_rejected(two_bad, 0.1)
+    enforce_max_rejected(verdicts("rejected", "rejected"), 1.0)
+    enforce_max_rejected(verdicts(*["dropped"] * 9, "ok"), 0.0)
+
+
+def fingerprint(folder: Path) -> dict[str, tuple[str, int]]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_real_clips(test_data: Path) -> None:
+    before = fingerprint(test_data / "clips")
+    clips = look(test_data / "clips")
+    assert len(clips) == 15
+    bad = {name: clip.reason for name, clip in clips.items() if clip.verdict != "ok"}
+    assert bad == {"roof_portrait_hdr.mp4": "HDR (PQ) is refused until tone-mapping exists"}
+    assert clips["butterfly_portrait.mp4"].shape.width < clips["butterfly_portrait.mp4"].shape.height
+    # README's frame counts, by another program.
+    counted = {"bee": 121, "cars_12fps": 75, "city_night": 190, "crystal": 359, "dog_phone": 41, "station_60fps": 300}
+    for stem, count in counted.items():
+        assert len(next(clip for name, clip in clips.items() if name.startswith(stem)).probe.timestamps) == count
+    assert fingerprint(test_data / "clips") == before
+
+
+def test_nasty_clips(test_data: Path) -> None:
+    before = fingerprint(test_data / "nasty")
+    clips = look(test_data / "nasty")
+    told = {name: (clip.verdict, clip.reason) for name, clip in clips.items()}
+    for name, verdict, words in (
+        ("zero_byte.mp4", "rejected", "empty"),
+        ("text_renamed.mp4", "rejected", "not a video"),
+        ("truncated_no_moov.mp4", "rejected", "index is missing"),
+        ("audio_only.mp4", "rejected", "no picture"),
+        ("bad_caption_utf8.mp4", "rejected", "not UTF-8"),
+        ("missing_caption.mp4", "rejected", "no caption"),
+        ("one_frame.mp4", "dropped", "too short"),
+        ("odd_321x243.webm", "ok", ""),
+        ("vfr_10_then_30.mp4", "ok", ""),
+        ("hevc_10bit.mp4", "ok", ""),
+        ("thin_1280x32.mp4", "ok", ""),
+        ("truncated_mid_stream.mp4", "ok", ""),
+    ):
+        assert told[name][0] == verdict and words in told[name][1], (name, told[name])
+    assert "truncated" in clips["truncated_mid_stream.mp4"].warnings[0]
+    assert str(clips["thin_1280x32.mp4"].shape) == "192x64x17"
+    assert look(test_data / "nasty", buckets="fixed")["thin_1280x32.mp4"].reason.startswith("too small")
+    assert fingerprint(test_data / "nasty") == before
