@@ -1,4 +1,4 @@
-"""Asks the world what the planner must know: device, weights, clips, prompt library. Everything that is missing at once.
+"""Asks the world what the planner must know: device, weights, clips, prompts. Tells all that is missing at once.
 
 Reads; writes nothing but memoised digests and the rendered demo clips, both in the cache directory.
 """

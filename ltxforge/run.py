@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ltxforge import __version__
 from ltxforge.checkpoint import Checkpoints
 from ltxforge.dataset import encode
@@ -60,14 +58,17 @@ def run(recipe: Path, overrides: Sequence[str], out: Path | None, screen: Screen
     refuse_several_processes(os.environ)
     parsed = load(recipe, overrides)
     where = places(parsed, out)
-    with StopRequest() as stop, RunLock(where.run), EventLog(where.run / "events.jsonl") as log:
-        with Dispatcher([screen, log]) as emit:
-            plan = settle_plan(parsed, where, screen, emit, stop)
-            model = load_model(plan.model, torch_device(plan.device.kind), DTYPES[plan.device.precision])
-            cache = Cache(Path(plan.cache.directory), emit)
-            data = settle_data(plan, model, cache, emit, stop)
-            session = open_session(plan, model, cache, data, log.attempt, emit, stop)
-            session.train()
+    with (
+        StopRequest() as stop,
+        RunLock(where.run),
+        EventLog(where.run / "events.jsonl") as log,
+        Dispatcher([screen, log]) as emit,
+    ):
+        plan = settle_plan(parsed, where, screen, emit, stop)
+        model = load_model(plan.model, torch_device(plan.device.kind), DTYPES[plan.device.precision])
+        cache = Cache(Path(plan.cache.directory), emit)
+        data = settle_data(plan, model, cache, emit, stop)
+        open_session(plan, model, cache, data, log.attempt, emit, stop).train()
 
 
 def plan_only(recipe: Path, overrides: Sequence[str], out: Path | None, screen: Screen) -> None:

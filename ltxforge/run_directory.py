@@ -80,7 +80,7 @@ class RunDirectory:
                 " (run.steps, checkpoint.* and validation.* may change freely.)",
             )  # fmt: skip
 
-    def save_plan(self, plan: Plan, recipe_text: bytes) -> None:
+    def save_plan(self, plan: Plan, recipe_text: str) -> None:
         """Write plan and recipe."""
         write_json(self.path / "plan.json", to_json(plan))
         write_file(self.path / "recipe.toml", recipe_text)

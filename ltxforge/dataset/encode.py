@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -92,7 +92,8 @@ def prompt_key(plan: Plan, caption: str, dtype: torch.dtype) -> Key:
     """Everything that a caption's embeddings follow from."""
     return {
         "stage": "prompt", "version": PROMPTS_VERSION, "caption": caption, "dtype": str(dtype),
-        "tokens": plan.conditioning.prompt_tokens, "rule": "padded to tokens, stored trimmed",
+        "tokens": plan.conditioning.prompt_tokens,
+        "rule": f"padded to tokens as {plan.model.rope} pipelines do, stored trimmed",
         "text_encoder": plan.model.components["text_encoder"].digest,
         "tokenizer": plan.model.components["tokenizer"].digest,
     }  # fmt: skip
@@ -195,13 +196,29 @@ def _fill_latents(
                         tensors["std"] = latents.std
                     digests[sample] = cache.write("latents", keys[sample], tensors).digest
                 phase.advance(1, Path(sample.path).name)
+    phase.end()
+    _judge_failures(plan, failed, digests, emit)
+    return digests
+
+
+def _judge_failures(
+    plan: Plan, failed: Mapping[str, list[str]], digests: Collection[SamplePlan], emit: Emit
+) -> None:  # fmt: skip
+    """Verdicts of clips that failed while decoding; too many without a single good window stop the run."""
+    lost = []
     for path, reasons in failed.items():
         left = sum(sample.path == path for sample in digests)
-        verdict = "ok" if left else "rejected"
         text = f"{len(reasons)} of {left + len(reasons)} windows cannot be decoded: {reasons[0]}"
-        emit(ClipJudged(path, verdict, "" if left else text, (text,) if left else (), left))
-    phase.end()
-    return digests
+        emit(ClipJudged(path, "ok" if left else "rejected", "" if left else text, (text,) if left else (), left))
+        if not left:
+            lost.append(f"  {path}: {text}")
+    clips = len({sample.path for sample in plan.data.samples})
+    if len(lost) > 1 and len(lost) > plan.data.max_rejected * clips:
+        raise DataError(
+            f"{len(lost)} of {clips} clips cannot be decoded, more than max_rejected = {plan.data.max_rejected:g}"
+            " allows:\n" + "\n".join(lost),
+            remedy="Repair or remove these files, or raise run.max_rejected (1.0 goes on with whatever is left).",
+        )
 
 
 def _decoded_ahead(samples: Sequence[SamplePlan]) -> Iterator[tuple[SamplePlan, np.ndarray | DecodeError]]:

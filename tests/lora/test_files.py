@@ -128,7 +128,7 @@ def comfy_key_map(original_modules: list[str]) -> dict[str, str]:
 
 
 def comfy_deltas(tensors: dict[str, torch.Tensor], key_map: dict[str, str]) -> dict[str, torch.Tensor]:
-    """What ComfyUI adds to each weight: alpha/rank·B·A, alpha/rank 1 where there is no `.alpha`; unknown keys refused."""
+    """What ComfyUI adds to each weight: alpha/rank·B·A, alpha/rank 1 without `.alpha`; unknown keys are refused."""
     deltas, used = {}, set()
     for stem, weight in key_map.items():
         a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"

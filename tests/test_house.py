@@ -1,0 +1,227 @@
+"""The house rules that a machine can hold: floors, cycles, hidden imports, banned words, names, the README's map."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = [
+    {"errors", "events", "shapes", "randomness", "durable", "lock", "signals"},
+    {"recipe", "specs"},
+    {"plan", "media", "hardware", "distributed"},
+    {"models", "lora", "flow_matching", "dataset"},
+    {"checkpoint", "optim", "run_directory"},
+    {"trainer", "validation", "planner", "ui", "trackers"},
+    {"run", "facts"},
+    {"cli", "__main__"},
+]
+# Neighbours on one floor that may use each other, in this direction only.
+BESIDE = {
+    ("durable", "errors"),
+    ("lock", "errors"),
+    ("recipe", "specs"),
+    ("dataset", "models"),
+    ("run_directory", "checkpoint"),
+    ("planner", "validation"),
+    ("ui", "trackers"),
+    ("run", "facts"),
+    ("__main__", "cli"),
+}
+# Where an import may hide in a function: `module: imported`. importlib.import_module counts.
+HIDDEN = {"cli: importlib", "optim: importlib"}
+FILES = sorted(path for path in (ROOT / "ltxforge").rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+
+
+def part(module: str) -> str:
+    """`ltxforge.media.probe` → `media`."""
+    return (module.split(".") + [""])[1]
+
+
+def imports(path: Path, *, typing_too: bool = False) -> Iterator[tuple[str, ast.AST, bool]]:
+    """(module, node, inside a function) of every import of ours; TYPE_CHECKING blocks left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not typing_too:
+            skipped |= {id(inner) for child in node.body for inner in ast.walk(child)}
+    inside = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node, id(node) in inside
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            known = {module_name(file) for file in FILES}
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield (whole if whole in known else node.module), node, id(node) in inside
+
+
+def test_every_module_has_a_floor():
+    known = set().union(*FLOORS)
+    assert {part(module_name(path)) for path in FILES} - {""} <= known
+
+
+def test_imports_point_down():
+    floor = {name: level for level, names in enumerate(FLOORS) for name in names}
+    wrong = []
+    for path in FILES:
+        here = part(module_name(path))
+        for module, node, _ in imports(path):
+            there = part(module)
+            if not module.startswith("ltxforge.") or there not in floor or here in ("", there):
+                continue
+            level = floor[there] - floor[here]
+            if level > 0 or (level == 0 and (here, there) not in BESIDE):
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_cycles():
+    graph = {module_name(p): {m for m, _, _ in imports(p) if m.startswith("ltxforge.")} for p in FILES}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " → ".join((*trail[trail.index(module) :], module))
+        if module not in done:
+            for following in graph.get(module, ()):
+                if following != module:
+                    visit(following, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_no_import_hides_in_a_function():
+    found = set()
+    for path in FILES:
+        name = module_name(path).removeprefix("ltxforge.")
+        found |= {f"{name}: {module}" for module, _, inside in imports(path) if inside}
+        if "importlib.import_module" in path.read_text(encoding="utf-8"):
+            found.add(f"{name}: importlib")
+    assert found <= HIDDEN, found - HIDDEN
+
+
+BANNED_CALLS = {"eval", "exec", "torch.load", "torch.save", "pickle.load", "pickle.loads", "pickle.dump", "os.system"}
+BANNED_MODULES = {"pickle", "cPickle", "yaml", "dill", "joblib", "kernels"}
+
+
+def test_banned_constructs():
+    wrong = []
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in BANNED_CALLS:
+                wrong.append(f"{where} {ast.unparse(node.func)}")
+            if isinstance(node, ast.keyword) and node.arg in ("shell", "trust_remote_code"):
+                wrong.append(f"{where} {node.arg}=")
+        wrong += [f"{path.name} imports {m}" for m, _, _ in imports(path) if m.split(".")[0] in BANNED_MODULES]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_durable_renames_and_deletes():
+    wrong = []
+    for path in FILES:
+        if path.name == "durable.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                call = ast.unparse(node.func)
+                renames = node.func.attr in ("rename", "renames") or call in ("os.replace", "shutil.move")
+                deletes = node.func.attr in ("rmdir", "rmtree", "removedirs") or call in ("os.remove", "os.unlink")
+                if renames or deletes:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {call}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_module_says_what_it_is():
+    without = [p.name for p in FILES if p.name != "__init__.py" and not ast.get_docstring(ast.parse(p.read_text("utf-8")))]
+    assert not without
+
+
+@pytest.mark.parametrize("name", ["utils", "util", "common", "helpers", "misc", "manager", "handler", "base"])
+def test_no_file_hides_an_idea_behind_a_vague_name(name):
+    assert not [path for path in FILES if path.stem == name or path.parent.name == name]
+
+
+def test_the_loop_is_one_screen():
+    tree = ast.parse((ROOT / "ltxforge" / "trainer.py").read_text(encoding="utf-8"))
+    loop = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    assert loop.end_lineno - loop.lineno + 1 <= 50
+
+
+def test_the_readme_s_file_map_is_true():
+    spec = spec_from_file_location("file_map", ROOT / "tests" / "file_map.py")
+    generator = module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.endswith(generator.file_map()), "run: python tests/file_map.py"
+
+
+def python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, encoding="utf-8"
+    )
+
+
+CHECK = """
+import sys
+from ltxforge.cli import app
+app(["check", "recipes/ltx-video-lora.toml"], standalone_mode=False)
+heavy = {"torch", "diffusers", "transformers", "peft", "av", "numpy", "PIL"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_check_never_imports_torch():
+    result = python(CHECK)
+    assert result.returncode == 0, result.stderr
+    assert "correct" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["check", "recipes/quickstart.toml"], ["--help"], ["schema"]])
+def test_light_verbs_answer_at_once(arguments):
+    """Well under half a second on an idle machine; the best of three here, where other tests share the cores."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        command = [sys.executable, "-m", "ltxforge", *arguments]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+        times.append(time.perf_counter() - began)
+        assert result.returncode == 0, result.stderr
+    assert min(times) < 1.0, times
+
+
+def test_the_kernels_folder_never_shadows_hugging_face_s_package():
+    """That import name belongs to Hugging Face's `kernels`, which diffusers and transformers probe."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not list((ROOT / "kernels").glob("*.py"))
+    assert not (ROOT / "tests" / "kernels" / "__init__.py").exists()
+    code = f"""
+import importlib.util
+spec = importlib.util.find_spec("kernels")
+assert spec is None or spec.origin is None or not spec.origin.startswith({str(ROOT)!r}), spec
+from diffusers import LTXConditionPipeline, LTXImageToVideoPipeline, LTXPipeline
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
