@@ -264,7 +264,8 @@ def _picture_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 def _open(path: str) -> av.container.InputContainer:
     try:
-        return av.open(path, options={"protocol_whitelist": "file", "format_whitelist": FORMATS}, timeout=None)
+        options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+        return av.open(path, options=options, metadata_errors="replace")  # titles in Latin-1 are common
     except MemoryError as error:
         raise MediaFault("reading it needs more memory than the worker may use") from error
     except av.error.FFmpegError as error:

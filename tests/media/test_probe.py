@@ -192,6 +192,19 @@ def test_names_that_look_like_something_else(tmp_path: Path, make_video, counter
         assert len(probe(Path(name)).timestamps) == 3
 
 
+def test_titles_in_other_encodings_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "title.mp4"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "CAFXXXX"
+        stream = container.add_stream("libx264", rate=25)
+        stream.width = stream.height = 32
+        container.mux(stream.encode(av.VideoFrame(32, 32, "yuv420p")) + stream.encode(None))
+    data = path.read_bytes()
+    assert b"CAFXXXX" in data
+    path.write_bytes(data.replace(b"CAFXXXX", b"CAF\xe9\xe8\xff\xfe"))
+    assert len(probe(path).timestamps) == 1
+
+
 def test_files_stay_as_they_were(make_video, counter_frames) -> None:
     path = make_video("mine.mp4", counter_frames(30))
     before = hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns
