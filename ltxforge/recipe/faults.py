@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ltxforge.recipe.report import shorten
+
 Key = tuple[str | int, ...]
 """A key's full path: ("dataset", 0, "frames"). List items are numbers."""
 
@@ -39,7 +41,7 @@ def dotted(key: Key) -> str:
 
 
 def short(key: Key) -> str:
-    """The key as a message names it: the last name, with the numbers after it: `targets[0]`."""
+    """The key as a message names it: the last name, shortened, with the numbers after it: `targets[0]`."""
     names = [place for place, part in enumerate(key) if isinstance(part, str)]
     start = names[-1] if names else 0
-    return str(key[start]) + "".join(f"[{part}]" for part in key[start + 1 :])
+    return shorten(str(key[start]), 48) + "".join(f"[{part}]" for part in key[start + 1 :])

@@ -54,7 +54,7 @@ def judge(data: dict[str, Any]) -> Verdict:
     verdict = Verdict(Recipe.model_construct(), faults)
     worded = list(found.items())[:MOST_FAULTS]
     unknown = {key for key, errors in found.items() if errors[0]["type"] == "extra_forbidden"}
-    verdict.faults += [_unknown(key, verdict.unjudged) for key, _ in worded if key in unknown]
+    verdict.faults += [_unknown(key, errors[0]["input"], verdict.unjudged) for key, errors in worded if key in unknown]
     for key, errors in worded:
         is_missing = errors[0]["type"] == "missing"
         if key not in unknown and not (is_missing and key in verdict.unjudged):
@@ -128,14 +128,17 @@ def _put(data: dict[str, Any], key: Key, value: Any) -> None:
     at[key[-1]] = value
 
 
-def _unknown(key: Key, unjudged: set[Key]) -> Fault:
+def _unknown(key: Key, value: Any, unjudged: set[Key]) -> Fault:
     """An unknown key; what it was probably meant to be is not judged by its default."""
     hint, meant = suggestion(key)
     if meant:
         unjudged.add(meant)
-    what = f"unknown section [{key[0]}]" if len(key) == 1 else f"unknown key `{short(key)}` in {header(key[:-1])}"
-    if len(key) == 1 and hint.startswith(f"`{key[0]}` belongs"):
-        what = f"unknown key `{key[0]}` outside of any section"
+    if len(key) > 1:
+        what = f"unknown key `{short(key)}` in {header(key[:-1])}"
+    elif isinstance(value, (dict, list)):
+        what = f"unknown section [{short(key)}]"
+    else:
+        what = f"unknown key `{short(key)}` outside of any section"
     return Fault(key, what, hint, "key")
 
 
@@ -206,9 +209,9 @@ def _no_table(key: Key, value: Any) -> Fault:
 
 
 def _wrong_length(key: Key, error: dict[str, Any], annotation: Any, limits: list[Any]) -> Fault:
-    count, least = error["ctx"]["actual_length"], error["ctx"].get("min_length")
+    count, least, most = error["ctx"]["actual_length"], error["ctx"].get("min_length"), error["ctx"].get("max_length")
     items = f"{count or 'no'} item{'' if count == 1 else 's'}"
-    hint = f"at least {least}" if least and least > count else ""
+    hint = f"at least {least}" if error["type"] == "too_short" else f"at most {most}"
     return Fault(key, f"{short(key)} has {items}: it must be {expected(annotation, limits)}", hint)
 
 

@@ -72,7 +72,7 @@ def apply(override: Override, data: dict[str, Any], places: dict[Key, Place]) ->
     for known in [known for known in places if known[: len(key)] == key]:
         del places[known]
     if not override.value_text.strip():
-        _take_out(parent, key[-1])
+        _take_out(parent, key, places)
         return
     value, is_toml = _value(override.value_text, key, override.start)
     if isinstance(parent, list) and key[-1] == len(parent):
@@ -170,11 +170,17 @@ def _bad_value(text: str, start: int) -> BadOverride:
     return BadOverride(Span(start, start + len(text)), f"{shorten(text.strip(), 48)} is no TOML value", hint)
 
 
-def _take_out(parent: Any, part: str | int) -> None:
+def _take_out(parent: Any, key: Key, places: dict[Key, Place]) -> None:
+    """Remove a key; after an item of a list, the items behind it and their places move up by one."""
+    part, depth = key[-1], len(key) - 1
     if isinstance(parent, dict):
         parent.pop(part, None)
     elif isinstance(part, int) and part < len(parent):
         del parent[part]
+        behind = [known for known in places if known[:depth] == key[:-1] and len(known) > depth]
+        for known in sorted(behind, key=lambda known: int(known[depth])):
+            if int(known[depth]) > part:
+                places[(*known[:depth], int(known[depth]) - 1, *known[depth + 1 :])] = places.pop(known)
 
 
 def _get(data: Any, key: Key) -> Any:

@@ -6,10 +6,12 @@ Decides no number: defaults stay None where the planner decides. Reads the one f
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from ltxforge.errors import RecipeError
 from ltxforge.recipe.faults import Fault, Key, dotted, short
@@ -81,14 +83,14 @@ def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Parsed:
     except NotToml as error:
         raise _refusal([error.problem]) from None
     problems = [problem for argument in overrides for problem in _override(argument, data, places)]
-    said = frozenset(_said(data))
     verdict = judge(data)
     faults = [*verdict.faults, *break_rules(verdict.recipe, verdict.unjudged)]
     problems += sorted((_locate(fault, places, source) for fault in faults), key=_order)
     if any(problem.level == "error" for problem in problems):
         raise _refusal(problems)
-    overridden = frozenset(key for key in said if _is_override(places, key, source))
-    return Parsed(verdict.recipe, said, overridden, tuple(problems), name, source.text)
+    said = list(_said(verdict.recipe))
+    overridden = [key for key in said if places[key].source is not source]
+    return Parsed(verdict.recipe, _names(said), _names(overridden), tuple(problems), name, source.text)
 
 
 def _read(path: Path) -> bytes:
@@ -120,16 +122,21 @@ def _override(argument: str, data: dict[str, Any], places: dict[Key, Place]) -> 
         yield _problem(error.fault, source, error.span)
 
 
-def _said(data: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all values in the data; tables and lists of tables are gone into, other lists are values."""
-    is_tables = isinstance(data, list) and any(isinstance(item, dict) for item in data)
-    if prefix and not isinstance(data, dict) and not is_tables:
-        yield prefix
-        return
-    if prefix.count(".") > 4:
-        return
-    for key, item in data.items() if isinstance(data, dict) else enumerate(data):
-        yield from _said(item, f"{prefix}.{key}" if prefix else str(key))
+def _said(section: BaseModel, prefix: Key = ()) -> Iterator[Key]:
+    """The keys that were given a value, those in tables and lists of tables included."""
+    for name in section.model_fields_set:
+        value, key = getattr(section, name), (*prefix, name)
+        if isinstance(value, BaseModel):
+            yield from _said(value, key)
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            for place, item in enumerate(value):
+                yield from _said(item, (*key, place))
+        else:
+            yield key
+
+
+def _names(keys: Iterable[Key]) -> frozenset[str]:
+    return frozenset(map(dotted, keys))
 
 
 def _locate(fault: Fault, places: dict[Key, Place], source: Source) -> Problem:
@@ -167,11 +174,6 @@ def _problem(fault: Fault, source: Source, span: Span, more: str = "") -> Proble
 
 def _order(problem: Problem) -> tuple[bool, int, int]:
     return problem.line == 0, problem.line, problem.column
-
-
-def _is_override(places: dict[Key, Place], dotted_key: str, source: Source) -> bool:
-    key: Key = tuple(int(part) if part.isdigit() else part for part in dotted_key.split("."))
-    return key in places and places[key].source is not source
 
 
 def _refusal(problems: Sequence[Problem]) -> RecipeError:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 WIDEST = 96
 """Longest excerpt of a line, in terminal cells; longer lines are cut around the carets."""
+LONGEST = 300
+"""Longest message or hint, in characters."""
 TAB = "    "
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
@@ -50,19 +52,19 @@ def render(problems: Sequence[Problem]) -> str:
 def render_one(problem: Problem) -> str:
     """One problem: `file:line:column  what`, the line, carets and the hint."""
     warning = "warning: " if problem.level == "warning" else ""
-    head = f"{_place(problem)}  {warning}{visible(problem.what)}"
+    head = f"{_place(problem)}  {warning}{_told(problem.what)}"
     if not problem.column:
-        return f"{head}\n        {visible(problem.hint)}" if problem.hint else head
+        return f"{head}\n        {_told(problem.hint)}" if problem.hint else head
     excerpt, before, under = _excerpt(problem.text, problem.column - 1, problem.length)
     number = str(problem.line) if problem.line else ""
-    carets = f"{' ' * before}{'^' * under} {visible(problem.hint)}".rstrip()
+    carets = f"{' ' * before}{'^' * under} {_told(problem.hint)}".rstrip()
     return f"{head}\n{number:>5} | {excerpt}".rstrip() + f"\n{'':>5} | {carets}"
 
 
 def one_line(problem: Problem) -> str:
     """One problem in a line, for lists and logs: `file:line:column  what (hint)`."""
-    hint = f" ({visible(problem.hint)})" if problem.hint else ""
-    return f"{_place(problem)}  {visible(problem.what)}{hint}"
+    hint = f" ({_told(problem.hint)})" if problem.hint else ""
+    return f"{_place(problem)}  {_told(problem.what)}{hint}"
 
 
 def summary(problems: Sequence[Problem]) -> str:
@@ -104,6 +106,10 @@ def _cells(character: str) -> int:
     if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _told(message: str) -> str:
+    return visible(shorten(message, LONGEST))
 
 
 def _place(problem: Problem) -> str:

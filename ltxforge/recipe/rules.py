@@ -199,13 +199,13 @@ def _builtin_is_known(recipe: Recipe) -> Iterator[Fault]:
 
 @_rule("dataset.**")
 def _datasets_differ(recipe: Recipe) -> Iterator[Fault]:
+    first: dict[str, int] = {}
     for place, item in enumerate(recipe.dataset):
-        for earlier, other in enumerate(recipe.dataset[:place]):
-            if _same_samples(item, other):
-                what = "this dataset gives the same samples as an earlier one"
-                hint = "to see them more often, say repeats = 2 once"
-                yield Fault(("dataset", place, "path"), what, hint, other=("dataset", earlier, "path"))
-                break
+        earlier = first.setdefault(_samples(item), place) if item.enabled else place
+        if earlier != place:
+            what = "this dataset gives the same samples as an earlier one"
+            hint = "to see them more often, say repeats = 2 once"
+            yield Fault(("dataset", place, "path"), what, hint, other=("dataset", earlier, "path"))
 
 
 @_rule("dataset.*.id", "dataset.*.path")
@@ -214,7 +214,7 @@ def _dataset_ids_differ(recipe: Recipe) -> Iterator[Fault]:
     for place, item in enumerate(recipe.dataset):
         name = dataset_id(item)
         earlier = first.setdefault(name.casefold(), place)
-        if earlier == place or _same_samples(item, recipe.dataset[earlier]):
+        if earlier == place or _samples(item) == _samples(recipe.dataset[earlier]):
             continue
         part = "path" if item.id is None else "id"
         hint = f'give one an id of its own, such as id = "{re.sub(r"[^a-z0-9_-]", "-", name.lower())[:60]}-2"'
@@ -227,9 +227,9 @@ def dataset_id(item: Dataset) -> str:
     return item.id or re.split(r"[/\\]", item.path.rstrip("/\\"))[-1]
 
 
-def _same_samples(left: Dataset, right: Dataset) -> bool:
-    apart = {"id", "repeats", "enabled"}
-    return left.enabled and right.enabled and left.model_dump(exclude=apart) == right.model_dump(exclude=apart)
+def _samples(item: Dataset) -> str:
+    """All that decides which samples a dataset gives."""
+    return item.model_dump_json(exclude={"id", "repeats", "enabled"})
 
 
 @_rule("run.directory", "cache.directory", "dataset.*.path")

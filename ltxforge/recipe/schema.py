@@ -96,9 +96,11 @@ def _check_alpha(number: float) -> float:
 def _check_pattern(target: str) -> str:
     _check_not_blank(target)
     if target.startswith("re:"):
+        if len(target) > 1000:
+            raise ValueError("is longer than 1000 characters")
         try:
             re.compile(target[3:])
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"is no regular expression: {error}") from error
     return target
 
@@ -115,6 +117,7 @@ Source = Annotated[str, AfterValidator(_check_source), Field(json_schema_extra={
 Positive = Annotated[float, AfterValidator(_check_positive), Field(json_schema_extra={"exclusiveMinimum": 0})]
 ClipBound = Annotated[float, AfterValidator(_check_clip), Field(json_schema_extra={"exclusiveMinimum": 0})]
 Alpha = Annotated[float, AfterValidator(_check_alpha), Field(json_schema_extra={"exclusiveMinimum": 0})]
+Target = Annotated[str, AfterValidator(_check_pattern)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=100_000_000)]
 
@@ -221,9 +224,11 @@ class Lora(_Section):
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout on the LoRA branch.")
     rslora: bool = Field(False, description="Rank-stabilised scaling (arXiv 2312.03732).")
-    targets: Annotated[list[Annotated[str, AfterValidator(_check_pattern)]], Field(min_length=1)] = Field(
-        ["attention"],
-        description="Presets attention, feed_forward, all; or module name endings such as to_q; or re:<regex>.",
+    targets: Annotated[list[Annotated[str, AfterValidator(_check_pattern)]], Field(min_length=1, max_length=256)] = (
+        Field(
+            ["attention"],
+            description="Presets attention, feed_forward, all; or module name endings such as to_q; or re:<regex>.",
+        )
     )
     save_precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="dtype of the exported file.")
 

@@ -90,7 +90,7 @@ def _located(source: Source, error: tomli.TOMLDecodeError) -> Problem:
         return _bad_escape(source, pos)
     if error.msg == "Unterminated string" or error.msg == "Illegal character '\\n'":
         return _unclosed_string(source, pos)
-    word = re.compile(r"[^\s,\]}#=]*").match(source.text, pos).group()  # type: ignore[union-attr]
+    word = re.compile(r"[^\s,\]}#=]{0,80}").match(source.text, pos).group()  # type: ignore[union-attr]
     what, hint = _worded(error.msg, source.text, pos, word)
     return _problem(source, Span(pos, pos + max(1, len(word))), what, hint)
 

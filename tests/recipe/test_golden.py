@@ -1,7 +1,8 @@
 """What `check` says about wrong recipes, word for word.
 
-Each golden/NAME.toml is a recipe with a mistake, golden/NAME.txt the report. A line `#$ --set key=value` in the recipe is
-an override. After a change of wording: `LTXFORGE_REWRITE_GOLDEN=1 pytest tests/recipe/test_golden.py`, then read the diff.
+Each golden/NAME.toml is a recipe with a mistake, golden/NAME.txt the report. A line `#$ --set key=value` in the recipe
+is an override. After a change of wording run `LTXFORGE_REWRITE_GOLDEN=1 pytest tests/recipe/test_golden.py` and read
+the diff.
 """
 
 import os
