@@ -42,6 +42,7 @@ class ModelSpec:
     not say: "plain" 8·j/fps (diffusers' LTXPipeline) or "causal" max(0, 8·j − 7)/fps (LTXConditionPipeline).
     `vae_family` names encoders whose latents are interchangeable: 0.9.0 and 0.9.1 share an encoder's layout but not
     its weights, and 0.9.5 and later share theirs. `hub` is where the version is published, as a recipe's source.
+    `default_prompt_tokens` is the default of the diffusers pipeline that samples.
     """
 
     version: str
@@ -166,7 +167,7 @@ _V091 = _from(
 )  # fmt: skip
 _V095 = _from(
     _V091, "0.9.5", "Lightricks/LTX-Video-0.9.5", rope="causal", vae_family="0.9.5", vae_config=VAE_095,
-    scheduler_config=SCHEDULER_PLAIN, licence=LICENCE_095,
+    scheduler_config=SCHEDULER_PLAIN, licence=LICENCE_095, default_prompt_tokens=256,
 )  # fmt: skip
 _V096 = _from(_V095, "0.9.6-dev", _file("ltxv-2b-0.9.6-dev-04-25"), licence=LICENCE_OPEN_WEIGHTS)
 _V097 = _from(

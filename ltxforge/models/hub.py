@@ -29,8 +29,9 @@ from huggingface_hub.errors import (
 )
 
 from ltxforge.errors import HubError, WeightsError
-from ltxforge.models.sources import Digests, LocalTree, Source, Tree, known_repositories
+from ltxforge.models.trees import Digests, LocalTree, Tree
 from ltxforge.models.weights import Header, TensorEntry, read_header, refuse_pickle
+from ltxforge.specs import SPECS
 
 TIMEOUT_SECONDS = 20.0
 
@@ -52,7 +53,6 @@ class HubFile:
 class HubTree:
     """A repository at one commit."""
 
-    source: Source
     inside: str
     repository: str
     revision: str
@@ -63,15 +63,21 @@ class HubTree:
         inside = {path.removeprefix(prefix): file for path, file in self.listing.items() if path.startswith(prefix)}
         return {name: file.bytes for name, file in sorted(inside.items()) if "/" not in name}
 
+    def is_file(self, path: str) -> bool:
+        return path in self.listing
+
+    def size(self, path: str) -> int:
+        return self.listing[path].bytes
+
     def read(self, path: str) -> bytes:
-        with told(self.source):
+        with told(self.repository):
             return Path(hf_hub_download(self.repository, path, revision=self.revision)).read_bytes()
 
     def header(self, path: str) -> Header:
         refuse_pickle(path, self.describe(path))
         if (local := self.local(path)) is not None:
             return read_header(local)
-        with told(self.source):
+        with told(self.repository):
             found = HfApi().parse_safetensors_file_metadata(
                 self.repository, path, revision=self.revision, timeout=TIMEOUT_SECONDS
             )
@@ -79,130 +85,119 @@ class HubTree:
         return Header(tensors, found.metadata or {})
 
     def digest(self, path: str) -> str:
-        known = self.listing[path].sha256
-        return known or hashlib.sha256(self.read(path)).hexdigest()
+        return self.listing[path].sha256 or hashlib.sha256(self.read(path)).hexdigest()
 
     def local(self, path: str) -> Path | None:
-        """Where the cache holds a file, or a folder whose files are all there."""
-        if path in self.listing:
-            found = try_to_load_from_cache(self.repository, path, revision=self.revision)
-            return Path(found) if isinstance(found, str) else None
-        return None
+        found = try_to_load_from_cache(self.repository, path, revision=self.revision)
+        return Path(found) if isinstance(found, str) else None
 
     def describe(self, path: str) -> str:
         return f"{self.repository}:{path}" if path else self.repository
 
 
-def open_hub(source: Source, digests: Digests) -> Tree:
-    """The repository at the commit that the revision names now; from the cache alone in offline mode."""
+def open_hub(repository: str, inside: str, revision: str, digests: Digests) -> Tree:
+    """The repository at the commit that `revision` names now; from the cache alone in offline mode."""
     try:
-        with told(source):
+        with told(repository, revision):
             info = HfApi().model_info(
-                source.repository, revision=source.revision or None, files_metadata=True, timeout=TIMEOUT_SECONDS
+                repository, revision=revision or None, files_metadata=True, timeout=TIMEOUT_SECONDS
             )
-    except _Offline:
-        return _open_cached(source, digests)
+    except _OfflineError:
+        return _open_cached(repository, inside, revision, digests)
     listing = {
         file.rfilename: HubFile(file.size or 0, file.lfs.sha256 if file.lfs else "") for file in info.siblings or ()
     }
-    tree = HubTree(source, source.inside, source.repository, info.sha or source.revision, listing)
-    if source.inside and not any(path == source.inside or path.startswith(f"{source.inside}/") for path in listing):
-        raise _absent_inside(source, listing)
-    return tree
+    if inside and not any(path == inside or path.startswith(f"{inside}/") for path in listing):
+        raise _absent_inside(repository, inside, listing)
+    return HubTree(inside, repository, info.sha or revision, listing)
 
 
-def _open_cached(source: Source, digests: Digests) -> LocalTree:
+def _open_cached(repository: str, inside: str, revision: str, digests: Digests) -> LocalTree:
     try:
-        folder = snapshot_download(source.repository, revision=source.revision or None, local_files_only=True)
+        folder = snapshot_download(repository, revision=revision or None, local_files_only=True)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError) as error:
         raise HubError(
-            f"{source.repository} is not in the Hub's cache, and HF_HUB_OFFLINE forbids asking for it",
-            where=source.text,
-            remedy="Unset HF_HUB_OFFLINE to download it, set HF_HOME to the folder that holds the cache, or give a path.",
+            f"{repository} is not in the Hub's cache, and HF_HUB_OFFLINE forbids asking for it",
+            remedy="Unset HF_HUB_OFFLINE to download it, set HF_HOME to where the cache is, or give a path.",
         ) from error
     snapshot = Path(folder)
-    return LocalTree(source, snapshot, source.inside, digests, source.repository, snapshot.name)
+    return LocalTree(snapshot, inside, digests, repository, snapshot.name)
 
 
 def fetch_files(repository: str, revision: str, paths: Iterable[str]) -> Path:
     """Download exactly these files, if the cache does not hold them, and give the snapshot's folder."""
-    source = Source(repository, "hub", repository=repository, revision=revision)
     exact = [glob.escape(path) for path in paths]
     try:
-        with told(source):
+        with told(repository, revision):
             return Path(snapshot_download(repository, revision=revision or None, allow_patterns=exact))
-    except _Offline:
-        return _open_cached(source, Digests()).root
+    except _OfflineError:
+        return _open_cached(repository, "", revision, Digests()).root
 
 
-class _Offline(Exception):
+class _OfflineError(Exception):
     """The library was told to stay offline."""
 
 
 @contextlib.contextmanager
-def told(source: Source) -> Iterator[None]:
+def told(repository: str, revision: str = "") -> Iterator[None]:
     """Turn the Hub's errors into one message each: what, which repository, what to do."""
-    page = f"https://huggingface.co/{source.repository}"
+    page = f"https://huggingface.co/{repository}"
     try:
         yield
     except OfflineModeIsEnabled as error:
-        raise _Offline from error
+        raise _OfflineError from error
     except GatedRepoError as error:
         raise HubError(
-            f"{source.repository} is gated and refuses this account",
-            where=source.text,
+            f"{repository} is gated and refuses this account",
             remedy=f"Accept its terms at {page}, then log in with `hf auth login` or set HF_TOKEN.",
         ) from error
     except RepositoryNotFoundError as error:
-        near = difflib.get_close_matches(source.repository, known_repositories(), n=1)
+        near = difflib.get_close_matches(
+            repository, sorted({spec.hub.partition(":")[0] for spec in SPECS.values()}), n=1
+        )
         hint = f"Did you mean {near[0]}? " if near else ""
         raise HubError(
-            f"the Hub has no model {source.repository}, or does not show it to this account",
-            where=source.text,
+            f"the Hub has no model {repository}, or does not show it to this account",
             remedy=f"{hint}For a private or gated one, accept its terms at {page} and set HF_TOKEN.",
         ) from error
     except RevisionNotFoundError as error:
         raise HubError(
-            f"{source.repository} has no revision {source.revision!r}",
-            where=source.text,
+            f"{repository} has no revision {revision!r}",
             remedy=f"See {page}/commits/main for its commits; without @revision the newest is taken.",
         ) from error
     except SafetensorsParsingError as error:
-        raise WeightsError(f"is no safetensors file: {error}", where=source.text) from error
+        raise WeightsError(f"is no safetensors file: {error}") from error
     except (LocalEntryNotFoundError, httpx.TransportError) as error:
-        raise _unreachable(source, error) from error
+        raise _unreachable(repository, error) from error
     except EntryNotFoundError as error:
-        raise HubError(f"{source.repository} lacks a file that its list names: {error}", where=source.text) from error
+        raise HubError(f"{repository} lacks a file that its list names: {error}") from error
     except HfHubHTTPError as error:
-        raise _refused(source, error, page) from error
+        raise _refused(repository, error, page) from error
 
 
-def _unreachable(source: Source, error: Exception) -> HubError:
+def _unreachable(repository: str, error: Exception) -> HubError:
     cause = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
     return HubError(
-        f"the Hugging Face Hub cannot be reached for {source.repository} ({cause})",
-        where=source.text,
+        f"the Hugging Face Hub cannot be reached for {repository} ({cause})",
         remedy=_OFFLINE_REMEDY,
     )
 
 
-def _refused(source: Source, error: HfHubHTTPError, page: str) -> HubError:
+def _refused(repository: str, error: HfHubHTTPError, page: str) -> HubError:
     status = error.response.status_code if error.response is not None else 0
     if status in (401, 403):
         return HubError(
-            f"the Hub refuses {source.repository} (status {status})",
-            where=source.text,
+            f"the Hub refuses {repository} (status {status})",
             remedy=f"Accept its terms at {page}, then log in with `hf auth login` or set HF_TOKEN.",
         )
     return HubError(
-        f"the Hub answered {status} for {source.repository}",
-        where=source.text,
+        f"the Hub answered {status} for {repository}",
         remedy="Try again later. " + _OFFLINE_REMEDY,
     )
 
 
-def _absent_inside(source: Source, listing: Mapping[str, HubFile]) -> WeightsError:
+def _absent_inside(repository: str, inside: str, listing: Mapping[str, HubFile]) -> WeightsError:
     folders = {path.rpartition("/")[0] for path in listing} - {""}
-    near = difflib.get_close_matches(source.inside, [*listing, *folders], n=1, cutoff=0.4)
-    hint = f"Did you mean {source.repository}:{near[0]}?" if near else "See the repository's file list."
-    return WeightsError(f"{source.repository} has nothing at {source.inside!r}", where=source.text, remedy=hint)
+    near = difflib.get_close_matches(inside, [*listing, *folders], n=1, cutoff=0.4)
+    hint = f"Did you mean {repository}:{near[0]}?" if near else "See the repository's file list."
+    return WeightsError(f"{repository} has nothing at {inside!r}", remedy=hint)

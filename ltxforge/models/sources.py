@@ -1,34 +1,36 @@
-"""Where weights come from: one syntax for every source in a recipe, and local folders seen as trees of files.
+"""Where weights come from: one syntax for every source in a recipe.
 
     tiny/ltx-video                       a built-in model
     /models/ltx, ./ltx.safetensors       a folder or a single file
     org/name                             a Hub repository
     org/name:path/inside@revision        a folder or file in it, at a branch, tag or commit
 
-Decides what a text means; local wins if it exists or looks like a path. Torch-free. The Hub's side is `hub.py`.
+Decides what a text means (local wins if it exists or looks like a path), which files a component needs, and fetches
+what a plan still lacks. Knows no version. Torch-free.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import hashlib
-import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
-from ltxforge.durable import file_digest, write_json
 from ltxforge.errors import WeightsError
-from ltxforge.models.weights import Header, read_header
-from ltxforge.specs import SPECS, TINY
+from ltxforge.events import Emit, Note
+from ltxforge.models.hub import fetch_files, open_hub
+from ltxforge.models.layout import transformer_config, transformer_layout
+from ltxforge.models.trees import Digests, LocalTree, Tree, join, weight_files, whole_header
+from ltxforge.plan import ComponentPlan, ModelPlan
+from ltxforge.specs import SPECS, TINY, ModelSpec
 
+# Components without tensors of their own.
+PLAIN_COMPONENTS = ("tokenizer", "scheduler")
 _HUB = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<inside>[^@\\]+))?(?:@(?P<revision>[\w./-]+))?"
 )
 _LOOKS_LOCAL = re.compile(r"[./~]|[A-Za-z]:[\\/]|.*\\")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,8 @@ def parse_source(text: str) -> Source:
         return Source(text, "builtin")
     if text.startswith("tiny/"):
         raise WeightsError(f"there is no built-in model {text!r}", remedy=_nearest(text, list(TINY)))
-    local = Path(text).expanduser() if text else Path()
-    if text and (_LOOKS_LOCAL.match(text) or local.exists()):
-        return Source(text, "local", path=local)
+    if text and (_LOOKS_LOCAL.match(text) or Path(text).exists()):
+        return Source(text, "local", path=Path(text).expanduser())
     if match := _HUB.fullmatch(text):
         inside = (match["inside"] or "").strip("/")
         if ".." not in PurePosixPath(inside).parts:
@@ -66,126 +67,55 @@ def parse_source(text: str) -> Source:
 
 def _nearest(text: str, known: list[str]) -> str:
     close = difflib.get_close_matches(text, known, n=1, cutoff=0.5)
-    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+    return f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(known[:12])}."
 
 
-def known_repositories() -> list[str]:
-    """The Hub repositories in which the versions are published."""
-    return sorted({spec.hub.partition(":")[0] for spec in SPECS.values()})
-
-
-class Tree(Protocol):
-    """The files of one source, seen without fetching weights. Paths are relative to the tree's root, with slashes.
-
-    `inside` is where the source points: "" for the root, else a folder or a file.
-    """
-
-    source: Source
-    inside: str
-    repository: str
-    revision: str
-
-    def files(self, folder: str) -> Mapping[str, int]:
-        """The files directly in a folder: name → bytes. Empty if there is no such folder."""
-        ...
-
-    def read(self, path: str) -> bytes:
-        """A small file's content."""
-        ...
-
-    def header(self, path: str) -> Header:
-        """A safetensors file's header."""
-        ...
-
-    def digest(self, path: str) -> str:
-        """SHA-256 of a file's content."""
-        ...
-
-    def local(self, path: str) -> Path | None:
-        """Where a file or folder lies on this machine, or None while it is still on the Hub."""
-        ...
-
-    def describe(self, path: str) -> str:
-        """The path as a person would write it."""
-        ...
-
-
-@dataclass(frozen=True)
-class Digests:
-    """SHA-256 of local files, remembered by (real path, size, modification time, inode) in `memo`, one file each.
-
-    Hashing runs at about 2 GB/s and a 13B model has 26 GB. With no memo, every call hashes.
-    """
-
-    memo: Path | None = None
-
-    def of(self, path: Path) -> str:
-        real = path.resolve()
-        if real.parent.name == "blobs" and _SHA256.fullmatch(real.name):  # the Hub's cache names large files by digest
-            return real.name
-        if self.memo is None:
-            return file_digest(real)
-        status = real.stat()
-        key = [str(real), status.st_size, status.st_mtime_ns, status.st_ino]
-        record = self.memo / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
-        if (known := self._recall(record, key)) is not None:
-            return known
-        digest = file_digest(real)
-        write_json(record, {"file": key, "sha256": digest})
-        return digest
-
-    def _recall(self, record: Path, key: list) -> str | None:
-        try:
-            known = json.loads(record.read_bytes())
-            return known["sha256"] if known["file"] == key else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-
-@dataclass(frozen=True)
-class LocalTree:
-    """A folder on this machine. For a snapshot in the Hub's cache, `repository` and `revision` say which it is."""
-
-    source: Source
-    root: Path
-    inside: str
-    digests: Digests = field(default_factory=Digests)
-    repository: str = ""
-    revision: str = ""
-
-    def files(self, folder: str) -> Mapping[str, int]:
-        directory = self.root / folder
-        if not directory.is_dir():
-            return {}
-        return {entry.name: entry.stat().st_size for entry in sorted(directory.iterdir()) if entry.is_file()}
-
-    def read(self, path: str) -> bytes:
-        try:
-            return (self.root / path).read_bytes()
-        except OSError as error:
-            raise WeightsError(f"cannot be read: {error.strerror}", where=self.describe(path)) from error
-
-    def header(self, path: str) -> Header:
-        return read_header(self.root / path)
-
-    def digest(self, path: str) -> str:
-        return self.digests.of(self.root / path)
-
-    def local(self, path: str) -> Path | None:
-        return self.root / path
-
-    def describe(self, path: str) -> str:
-        return f"{self.repository}:{path}" if self.repository else str(self.root / path)
-
-
-def open_local(source: Source, digests: Digests) -> LocalTree:
-    """A local source as a tree rooted at its parent, so that sibling folders can be looked up."""
+def open_tree(source: Source, digests: Digests) -> Tree:
+    """The files of a local or Hub source. Raises WeightsError or HubError if they cannot be had."""
+    assert source.kind != "builtin"
+    if source.kind == "hub":
+        return open_hub(source.repository, source.inside, source.revision, digests)
     path = source.path.absolute()
     if not path.exists():
         near = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
-        raise WeightsError(
-            "there is no such file or folder",
-            where=str(path),
-            remedy=_nearest(path.name, near) if near else f"The folder {path.parent} does not exist either.",
-        )
-    return LocalTree(source, path.parent, path.name, digests)
+        remedy = _nearest(path.name, near) if near else f"The folder {path.parent} is empty or does not exist."
+        raise WeightsError("there is no such file or folder", where=str(path), remedy=remedy)
+    return LocalTree(path.parent, path.name, digests)
+
+
+def component_files(tree: Tree, inside: str, name: str) -> list[str]:
+    """The files that a component needs, as paths in the tree: its weights, and the small files beside them."""
+    if tree.is_file(inside):
+        return [inside]
+    names = tree.files(inside)
+    small = [file for file in names if file.endswith((".json", ".model", ".txt"))]
+    large = [] if name in PLAIN_COMPONENTS else weight_files(tree, inside)
+    return [join(inside, file) for file in dict.fromkeys([*large, *small])]
+
+
+def fetch(model: ModelPlan, emit: Emit) -> ModelPlan:
+    """Download what the plan's components still lack and fill in where everything lies."""
+    fetched = {name: _fetch_component(name, part, emit) for name, part in model.components.items()}
+    return dataclasses.replace(model, components=fetched)
+
+
+def _fetch_component(name: str, part: ComponentPlan, emit: Emit) -> ComponentPlan:
+    if part.kind != "hub" or part.location:
+        return part
+    emit(Note(f"fetching the {name} from {part.repository} ({part.bytes / 1e9:.2f} GB unless cached)"))
+    tree = open_hub(part.repository, part.inside, part.revision, Digests())
+    snapshot = fetch_files(part.repository, part.revision, component_files(tree, part.inside, name))
+    return dataclasses.replace(part, location=str(snapshot / part.inside))
+
+
+def spec_of(model: ModelPlan) -> ModelSpec:
+    """The version's spec, with the transformer's real sizes where its files lie here and say otherwise."""
+    part = model.components["transformer"]
+    spec = TINY.get(model.base) or SPECS[model.version]
+    if not part.location:
+        return spec
+    tree = LocalTree(Path(part.location).parent, Path(part.location).name, Digests())
+    header, config = whole_header(tree, tree.inside, "transformer")
+    layout = transformer_layout(header)
+    assert layout is not None, "detect.py planned a transformer that is none"
+    return dataclasses.replace(spec, transformer_config=transformer_config(layout, config, spec, part.location))

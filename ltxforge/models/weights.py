@@ -1,7 +1,7 @@
 """Safetensors files as their headers describe them: names, shapes and metadata, without torch and without the data.
 
-Decides whether a file is whole as far as its header and size can tell, and which files of a folder hold the weights.
-Digests, not headers, prove contents; this module reads no tensor.
+Decides whether a file is whole as far as its header and size can tell. Digests, not headers, prove contents; this
+module reads no tensor.
 """
 
 from __future__ import annotations
@@ -85,53 +85,3 @@ def _damaged(what: str, where: str) -> WeightsError:
     return WeightsError(
         what, where=where, remedy="Download or copy the file again; an interrupted copy looks like this."
     )
-
-
-def weight_files(names: Mapping[str, int], read_index: Any, where: str) -> list[str]:
-    """The safetensors files that make up one model among a folder's `names`.
-
-    Args:
-        names: the folder's files by name, with sizes.
-        read_index: gives the bytes of an index file by name.
-        where: the folder, for messages.
-    """
-    indexes = [name for name in names if name.endswith(".safetensors.index.json")]
-    if chosen := _plainest(indexes):
-        shards = _shards(read_index(chosen), f"{where}/{chosen}")
-        if absent := [name for name in shards if name not in names]:
-            raise WeightsError(f"{chosen} lists {len(shards)} files, and {', '.join(absent)} is missing", where=where)
-        return shards
-    files = [name for name in names if name.endswith(".safetensors")]
-    if chosen := _plainest(files):
-        return [chosen]
-    if files:
-        listed = ", ".join(sorted(files)[:8])
-        raise WeightsError(
-            f"holds several weights files and no index that joins them: {listed}",
-            where=where,
-            remedy="Name one file instead of the folder.",
-        )
-    for name in names:
-        refuse_pickle(name, f"{where}/{name}")
-    raise WeightsError("holds no .safetensors file", where=where)
-
-
-def _plainest(names: list[str]) -> str | None:
-    """The only name, or the one without a variant such as `.fp16`, or None."""
-    if len(names) == 1:
-        return names[0]
-    usual = ("diffusion_pytorch_model.", "model.")
-    plain = [
-        name for name in names if any(name in (f"{stem}safetensors", f"{stem}safetensors.index.json") for stem in usual)
-    ]
-    return plain[0] if len(plain) == 1 else None
-
-
-def _shards(index: bytes, where: str) -> list[str]:
-    try:
-        shards = sorted(set(json.loads(index)["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError("is no index of weights files", where=where) from error
-    if any("/" in shard or "\\" in shard or not shard.endswith(".safetensors") for shard in shards):
-        raise WeightsError("names a file outside its own folder, or one that is no .safetensors file", where=where)
-    return shards

@@ -1,0 +1,153 @@
+"""What tensor names and shapes say about a file: which model it is, its sizes, which VAE, in whose spelling.
+
+Two spellings exist: Lightricks' single files (`patchify_proj`, `vae.…`, perhaps under `model.diffusion_model.`) and
+diffusers' folders (`proj_in`, …). Decides nothing about versions (`detect.py`) and reads no file. Torch-free.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ltxforge.errors import WeightsError
+from ltxforge.models.weights import Header, TensorEntry
+from ltxforge.specs import ModelSpec
+
+SINGLE_FILE_PREFIX = "model.diffusion_model."
+QUANTISED = ("F8_", "I8", "U8", "F4", "F6")
+_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class TransformerLayout:
+    """Sizes read from shapes. `spelling` is "lightricks" or "diffusers"."""
+
+    spelling: str
+    blocks: int
+    width: int
+    in_channels: int
+    out_channels: int
+    caption_channels: int
+    cross_attention_dim: int
+
+
+@dataclass(frozen=True)
+class VaeLayout:
+    """`family` is 0.9.0, 0.9.1 or 0.9.5 by wiring."""
+
+    spelling: str
+    family: str
+    latent_channels: int
+
+
+def transformer_tensors(header: Header) -> dict[str, TensorEntry]:
+    """The transformer's tensors, without the single files' prefix and without the VAE."""
+    return {name.removeprefix(SINGLE_FILE_PREFIX): entry for name, entry in header.tensors.items() if not _is_vae(name)}
+
+
+def vae_tensors(header: Header) -> dict[str, TensorEntry]:
+    """The VAE's tensors, without the single files' `vae.` prefix."""
+    return {name.removeprefix("vae."): entry for name, entry in header.tensors.items() if _is_vae(name)}
+
+
+def _is_vae(name: str) -> bool:
+    return name.startswith(("vae.", "encoder.", "decoder.", "per_channel_statistics.", "latents_mean", "latents_std"))
+
+
+def transformer_layout(header: Header) -> TransformerLayout | None:
+    """The LTX-Video transformer in a file, or None if there is none."""
+    tensors = transformer_tensors(header)
+    entrance = {"lightricks": "patchify_proj.weight", "diffusers": "proj_in.weight"}
+    spelling = next((kind for kind, name in entrance.items() if name in tensors), None)
+    needed = ("caption_projection.linear_1.weight", "proj_out.weight", "transformer_blocks.0.attn2.to_k.weight")
+    if spelling is None or any(len(shape_of(tensors, name)) != 2 for name in (entrance[spelling], *needed)):
+        return None
+    width, in_channels = shape_of(tensors, entrance[spelling])
+    caption, out, cross = (shape_of(tensors, name) for name in needed)
+    blocks = 1 + max(int(found[1]) for name in tensors if (found := _BLOCK.match(name)))
+    return TransformerLayout(spelling, blocks, width, in_channels, out[0], caption[1], cross[1])
+
+
+def vae_layout(header: Header) -> VaeLayout | None:
+    """The LTX-Video VAE in a file, or None if there is none.
+
+    0.9.5 splits space and time in its encoder's downsamplers, which shows in their names; 0.9.1 added a time embedding
+    to 0.9.0's decoder.
+    """
+    tensors = vae_tensors(header)
+    if len(shape_of(tensors, "decoder.conv_in.conv.weight")) != 5 or "encoder.conv_in.conv.weight" not in tensors:
+        return None
+    spelling = "diffusers" if any(name.startswith("encoder.mid_block.") for name in tensors) else "lightricks"
+    if spelling == "diffusers":
+        split = "encoder.down_blocks.0.downsamplers.0.conv.conv.weight" in tensors
+        timed = any(name.startswith("decoder.time_embedder.") for name in tensors)
+    else:
+        split = not any(name.startswith("encoder.down_blocks.9.") for name in tensors)
+        timed = any(name.startswith("decoder.last_time_embedder.") for name in tensors)
+    family = {(False, False): "0.9.0", (False, True): "0.9.1", (True, True): "0.9.5"}.get((split, timed))
+    if family is None:
+        return None
+    return VaeLayout(spelling, family, shape_of(tensors, "decoder.conv_in.conv.weight")[1])
+
+
+def shape_of(tensors: Mapping[str, TensorEntry], name: str) -> tuple[int, ...]:
+    """A tensor's shape, () if it is absent."""
+    return tensors[name].shape if name in tensors else ()
+
+
+def refuse_foreign(header: Header, where: str) -> None:
+    """Refuse files that are known to be something else, by name, before anything is asked of them."""
+    names = header.tensors
+    if _any(names, ("lora_A", "lora_B", "lora_up", "lora_down", "lokr_", "hada_")):
+        raise WeightsError("is a LoRA or another adapter, not a model", where=where, remedy="Name the base model.")
+    if _any(names, ("audio_vae.", "av_ca_", "audio_attn", "audio_patchify", "audio_proj_in", "vocoder.")):
+        raise WeightsError(
+            "is an LTX-2 model (it has audio), which this release does not train",
+            where=where,
+            remedy="Use an LTX-Video 0.9.x model.",
+        )
+    if any(entry.dtype.startswith(QUANTISED) for name, entry in names.items() if name.endswith(".weight")):
+        raise WeightsError(
+            "is quantised (8 bits or fewer), and training needs full weights as its base",
+            where=where,
+            remedy="Use the bf16 file of the same model.",
+        )
+
+
+def _any(names: Iterable[str], parts: tuple[str, ...]) -> bool:
+    return any(part in name for name in names for part in parts)
+
+
+def transformer_config(
+    layout: TransformerLayout, config: Mapping[str, Any], spec: ModelSpec, where: str
+) -> dict[str, Any]:
+    """diffusers' configuration for a transformer: the version's table with the file's own sizes.
+
+    Args:
+        layout: sizes from the file's shapes.
+        config: diffusers' `config.json`, or the `transformer` part of a single file's metadata; may be empty.
+        spec: the version.
+        where: the file, for messages.
+
+    The number of heads shows in no shape: it comes from `config`, else from the table if the width is the table's.
+    """
+    table = spec.transformer_config
+    heads = config.get("num_attention_heads") or (table["num_attention_heads"] if layout.width == spec.width else None)
+    if not isinstance(heads, int) or heads < 1 or layout.width % heads:
+        raise WeightsError(
+            f"has an unpublished width of {layout.width} and does not say how many attention heads it has",
+            where=where,
+            remedy="Give the folder with its config.json, or the single file with its metadata.",
+        )
+    return {
+        **table,
+        "num_layers": layout.blocks,
+        "num_attention_heads": heads,
+        "attention_head_dim": layout.width // heads,
+        "in_channels": layout.in_channels,
+        "out_channels": layout.out_channels,
+        "caption_channels": layout.caption_channels,
+        "cross_attention_dim": layout.cross_attention_dim,
+    }
