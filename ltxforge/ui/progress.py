@@ -145,7 +145,7 @@ class Progress:
             f"{min(100, 100 * phase.done // total):3} %",
             Text(self._time_left(name, phase), "dim"),
         )
-        if not phase.detail:
+        if not phase.detail or name == "train":
             return row
         return Group(row, self._facts(("", phase.detail)))
 

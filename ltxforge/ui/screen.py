@@ -10,9 +10,12 @@ from rich.console import Console
 from ltxforge.ui.plain import Plain
 from ltxforge.ui.progress import Progress
 
+Screen = Plain | Progress
+"""A consumer of events that shows a run; `show(table)` prints a table between them."""
 
-def screen_for(stream: TextIO, plain: bool = False) -> Plain | Progress:
-    """The consumer that shows a run on `stream`; both kinds have `show(table)`. `plain` forces plain lines."""
+
+def screen_for(stream: TextIO, plain: bool = False) -> Screen:
+    """The screen for `stream`; `plain` forces plain lines."""
     console = Console(file=stream, highlight=False)
     live = console.is_terminal and not console.is_dumb_terminal and not os.environ.get("CI")
     if plain or not live or not _can_show(stream, "━╸…"):

@@ -56,6 +56,11 @@ def number(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def short(value: float) -> str:
+    """A computed number to six significant digits: 1.7e-5 where binary arithmetic gives 1.7000000000000003e-5."""
+    return number(float(f"{value:.6g}"))
+
+
 def loss(value: float) -> str:
     """A loss with four significant places after the point where it matters: 0.0512, 1.2345."""
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"

@@ -1,0 +1,194 @@
+"""The loss curve of a run as an SVG, drawn by hand from events.jsonl.
+
+Decides scales, ticks and smoothing, and says the smoothing in the picture. Every step is drawn as it was logged, the
+last attempt's where steps were repeated; colours hold on light and dark pages. Torch-free, needs no plotting package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+from ltxforge import durable
+from ltxforge.trackers.jsonl import last_per_step, read_events
+from ltxforge.ui.smoothing import centred_mean
+from ltxforge.ui.text import counted, loss, printable, short
+
+XMLNS = "http://www.w3.org/2000/svg"
+WIDTH, HEIGHT = 960, 520
+LEFT, RIGHT, TOP = 72, 24, 64
+LOSS_HEIGHT, RATE_HEIGHT, BETWEEN = 300, 70, 34
+MOST_POINTS = 2 * (WIDTH - LEFT - RIGHT)  # more would fall on the same pixels
+
+STYLE = """
+ text { font: 13px system-ui, sans-serif; fill: #808890; }
+ .title { font-size: 17px; font-weight: 600; }
+ .grid { stroke: #808890; stroke-opacity: 0.22; }
+ .raw { fill: none; stroke: #4a90d9; stroke-opacity: 0.38; stroke-width: 1; stroke-linejoin: round; }
+ .smooth { fill: none; stroke: #3d86d8; stroke-width: 2.4; stroke-linejoin: round; stroke-linecap: round; }
+ .rate { fill: none; stroke: #d08a2e; stroke-width: 1.8; }
+ .resume { stroke: #b05fb8; stroke-dasharray: 4 4; }
+"""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear map from values to pixels: `low` falls on `first`, `high` on `last`."""
+
+    low: float
+    high: float
+    first: float
+    last: float
+
+    def at(self, value: float) -> float:
+        """The pixel of a value."""
+        return self.first + (value - self.low) / (self.high - self.low) * (self.last - self.first)
+
+
+def draw(events_file: Path, path: Path) -> bool:
+    """Draw the run's loss and learning rate into `path`; False, and no file, before the first finished step."""
+    events = list(read_events(events_file))
+    steps = last_per_step(events)
+    points = [(step, _number(event["loss"]), _number(event["learning_rate"])) for step, event in steps.items()]
+    points = [point for point in points if math.isfinite(point[1]) and math.isfinite(point[2])]
+    if not points:
+        return False
+    name = next((str(event["plan"].get("name", "")) for event in events if event["event"] == "PlanMade"), "")
+    resumed = sorted({event["step"] for event in events if event["event"] == "Resumed"})
+    durable.write_file(path, loss_curve_svg(points, name, resumed))
+    return True
+
+
+def loss_curve_svg(points: Sequence[tuple[int, float, float]], name: str = "", resumed: Sequence[int] = ()) -> str:
+    """The picture of (step, loss, learning rate), in the order of the steps.
+
+    Args:
+        resumed: steps after which a later attempt went on; each gets a dashed line.
+    """
+    steps, losses, rates = (list(column) for column in zip(*points, strict=True))
+    window = smoothing_window(len(points))
+    smooth = centred_mean(losses, window)
+    last = max(steps[-1], steps[0] + 1)
+    x = Axis(min(steps[0], 1), last, LEFT, WIDTH - RIGHT)
+    y = Axis(*_range(losses), TOP + LOSS_HEIGHT, TOP)
+    lower = TOP + LOSS_HEIGHT + BETWEEN
+    rate = Axis(*_range([0.0, *rates]), lower + RATE_HEIGHT, lower)
+    marks = [step for step in resumed if x.low <= step <= x.high]
+    bottom = lower + RATE_HEIGHT
+    return "\n".join(
+        (
+            f'<svg xmlns="{XMLNS}" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}">',
+            f"<title>{escape(_title(name))}</title>",
+            f"<style>{STYLE}</style>",
+            _text(LEFT, 26, _title(name), "title"),
+            _text(LEFT, 46, _subtitle(steps, losses, smooth, window, marks)),
+            *_grid(x, y, ticks(y.low, y.high, 8)),
+            *_grid(x, rate, [0.0, max(rates)] if max(rates) > 0 else [0.0]),
+            _text(LEFT, lower - 8, "learning rate"),
+            *(_text(x.at(step), bottom + 22, f"{step:,}", anchor="middle") for step in step_ticks(x.low, x.high)),
+            _text((LEFT + WIDTH - RIGHT) / 2, bottom + 44, "step", anchor="middle"),
+            *(_line(x.at(step), TOP, x.at(step), bottom, "resume") for step in marks),
+            _polyline("raw", _thinned(list(zip(steps, losses, strict=True))), x, y),
+            _polyline("smooth", _thinned(list(zip(steps, smooth, strict=True))), x, y),
+            _polyline("rate", _thinned(list(zip(steps, rates, strict=True))), x, rate),
+            "</svg>\n",
+        )
+    )
+
+
+def smoothing_window(count: int) -> int:
+    """Steps in the smoothed line's mean: odd, a twentieth of the run, between 9 and 501."""
+    return min(501, max(9, count // 20)) | 1
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten within [low, high], at most `most` of them."""
+    rough = (high - low) / max(1, most - 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    spacing = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / spacing - 1e-9), math.floor(high / spacing + 1e-9)
+    return [index * spacing for index in range(first, last + 1)]
+
+
+def step_ticks(low: float, high: float) -> list[int]:
+    """The steps that are named below the picture: round ones, and the first."""
+    round_ones = [round(tick) for tick in ticks(low, high, 9) if abs(tick - round(tick)) < 1e-6]
+    near = (high - low) / 20
+    return [int(low)] + [tick for tick in round_ones if tick - low > near]
+
+
+def _number(value: object) -> float:
+    """A logged number; non-finite ones were written as text."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """A little more than the values' range, down to 0 when they come near it; never empty."""
+    low, high = min(values), max(values)
+    if 0 <= low < 0.35 * high or low == high == 0:
+        low = 0.0
+    margin = 0.04 * (high - low) or abs(high) * 0.1 or 1.0
+    return (low if low == 0 else low - margin), high + margin
+
+
+def _title(name: str) -> str:
+    return f"Loss of {printable(name)}" if name else "Loss"
+
+
+def _subtitle(
+    steps: Sequence[int], losses: Sequence[float], smooth: Sequence[float], window: int, resumed: Sequence[int]
+) -> str:
+    lowest = min(range(len(smooth)), key=smooth.__getitem__)
+    parts = [
+        f"step {steps[-1]:,}: {loss(losses[-1])}",
+        f"thick line: mean of {window} steps around each, now {loss(smooth[-1])}",
+        f"lowest {loss(smooth[lowest])} at {steps[lowest]:,}",
+    ]
+    if resumed:
+        parts.append(f"{counted(len(resumed), 'resume')} (dashed)")
+    return " · ".join(parts)
+
+
+def _grid(x: Axis, y: Axis, values: Sequence[float]) -> list[str]:
+    lines = []
+    for value in values:
+        height = y.at(value)
+        lines.append(_line(x.first, height, x.last, height, "grid"))
+        lines.append(_text(x.first - 8, height + 4, short(value), anchor="end"))
+    return lines
+
+
+def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """All points, or the lowest and highest of each pixel's worth, so that no spike is lost."""
+    if len(points) <= MOST_POINTS:
+        return points
+    size = math.ceil(2 * len(points) / MOST_POINTS)
+    kept: list[tuple[int, float]] = []
+    for start in range(0, len(points), size):
+        group = points[start : start + size]
+        extremes = {min(group, key=lambda point: point[1]), max(group, key=lambda point: point[1])}
+        kept += sorted(extremes)
+    return kept
+
+
+def _polyline(kind: str, points: Sequence[tuple[int, float]], x: Axis, y: Axis) -> str:
+    if len(points) == 1:  # a line of one point shows nothing
+        [(step, value)] = points
+        return f'<circle class="{kind}" cx="{x.at(step):.2f}" cy="{y.at(value):.2f}" r="3"/>'
+    listed = " ".join(f"{x.at(step):.2f},{y.at(value):.2f}" for step, value in points)
+    return f'<polyline class="{kind}" points="{listed}"/>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}"/>'
+
+
+def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
+    style = f' class="{kind}"' if kind else ""
+    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}"{style}>{escape(text)}</text>'

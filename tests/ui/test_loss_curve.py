@@ -1,0 +1,130 @@
+"""The loss curve, parsed as XML: its points are the data, its numbers are on its axes, its scales are sane."""
+
+import random
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from ltxforge.events import PlanMade, Resumed, StepDone
+from ltxforge.trackers.jsonl import EventLog
+from ltxforge.ui.loss_curve import MOST_POINTS, draw, loss_curve_svg, smoothing_window, step_ticks, ticks
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def data(count, seed=0):
+    rng = random.Random(seed)
+    return [(step, rng.lognormvariate(-1, 0.5), 1e-4 * min(1, step / 10)) for step in range(1, count + 1)]
+
+
+def line(root, kind):
+    [found] = root.iter(SVG + "polyline") if kind is None else [e for e in root.iter() if e.get("class") == kind]
+    return np.array([[float(number) for number in pair.split(",")] for pair in found.get("points").split()])
+
+
+def texts(root):
+    return [element.text for element in root.iter(SVG + "text")]
+
+
+def read_back(root, axis):
+    """Pixel → value, from the labelled grid lines of the loss (above) or the learning rate (below)."""
+    labels = [e for e in root.iter(SVG + "text") if e.get("text-anchor") == "end"]
+    pairs = [(float(e.get("y")) - 4, float(e.text)) for e in labels]
+    pairs = [pair for pair in pairs if (pair[0] < 370) == (axis == "loss")]
+    slope, start = np.polyfit(*zip(*pairs, strict=True), 1)
+    return lambda pixel: slope * pixel + start
+
+
+def test_points_map_back_to_steps_losses_and_rates():
+    points = data(200)
+    root = ElementTree.fromstring(loss_curve_svg(points))
+    steps, losses, rates = np.array(points).T
+    raw, rate = line(root, "raw"), line(root, "rate")
+    assert raw.shape == (200, 2)
+    assert np.corrcoef(raw[:, 0], steps)[0, 1] > 1 - 1e-9
+    span = losses.max() - losses.min()
+    assert read_back(root, "loss")(raw[:, 1]) == pytest.approx(losses, abs=0.004 * span)
+    assert read_back(root, "rate")(rate[:, 1]) == pytest.approx(rates, abs=2e-6)
+
+
+def test_the_thick_line_is_the_mean_that_the_picture_states():
+    points = data(200)
+    root = ElementTree.fromstring(loss_curve_svg(points))
+    losses, window = np.array(points)[:, 1], smoothing_window(200)
+    expected = [losses[max(0, i - window // 2) : i + window // 2 + 1].mean() for i in range(200)]
+    found = read_back(root, "loss")(line(root, "smooth")[:, 1])
+    assert found == pytest.approx(expected, abs=0.01)
+    assert any(f"mean of {window} steps around each" in text for text in texts(root))
+
+
+def test_everything_stays_inside_the_picture():
+    for points in (data(2), data(3000), [(1, 5.0, 1e-4)] * 1, [(n, 0.25, 0.0) for n in range(1, 9)], [(7, 0.0, 0.0)]):
+        root = ElementTree.fromstring(loss_curve_svg(points))
+        _, _, width, height = map(float, root.get("viewBox").split())
+        for element in root.iter():
+            numbers = element.get("points", "").replace(",", " ").split()
+            xs = numbers[::2] + [element.get(key) for key in ("x", "x1", "x2", "cx") if element.get(key)]
+            ys = numbers[1::2] + [element.get(key) for key in ("y", "y1", "y2", "cy") if element.get(key)]
+            assert all(0 <= float(x) <= width for x in xs) and all(0 <= float(y) <= height for y in ys)
+
+
+def test_a_long_run_is_thinned_and_keeps_its_spikes():
+    points = data(50_000)
+    points[31_415] = (31_416, 99.0, 1e-4)
+    text = loss_curve_svg(points)
+    root = ElementTree.fromstring(text)
+    raw = line(root, "raw")
+    assert len(raw) <= MOST_POINTS + 2 and len(text) < 150_000
+    assert read_back(root, "loss")(raw[:, 1].min()) == pytest.approx(99, abs=0.5)
+    assert (np.diff(raw[:, 0]) >= 0).all()
+
+
+def test_names_are_escaped_and_resumes_are_marked():
+    root = ElementTree.fromstring(loss_curve_svg(data(100), "a <b> & \x1b[2J", [40, 60, 4000]))
+    assert "Loss of a <b> & \\x1b[2J" in texts(root)
+    marks = [e for e in root.iter(SVG + "line") if e.get("class") == "resume"]
+    raw = line(root, "raw")
+    assert [float(e.get("x1")) for e in marks] == pytest.approx([raw[39, 0], raw[59, 0]], abs=0.01)
+    assert any("2 resumes" in text for text in texts(root))
+
+
+@pytest.mark.parametrize("bounds", [(0, 1), (0.21, 0.23), (-3, 3e4), (1e-7, 5e-7), (0, 0.999)])
+def test_ticks_are_round_even_and_inside(bounds):
+    found = ticks(*bounds, 8)
+    assert 2 <= len(found) <= 8
+    assert all(bounds[0] - 1e-9 <= tick <= bounds[1] * (1 + 1e-9) for tick in found)
+    spacing = np.diff(found)
+    assert spacing == pytest.approx([spacing[0]] * len(spacing))
+    assert f"{spacing[0]:e}"[0] in "125" and float(f"{spacing[0]:.0e}") == pytest.approx(spacing[0])
+
+
+def test_step_ticks_name_whole_steps_and_the_first():
+    for last in (2, 7, 60, 1000, 123_456):
+        found = step_ticks(1, last)
+        assert found[0] == 1 and found == sorted(set(found)) and found[-1] <= last
+
+
+def test_drawing_from_a_resumed_runs_events(tmp_path):
+    log, picture = tmp_path / "events.jsonl", tmp_path / "loss.svg"
+    assert not draw(log, picture) and not picture.exists()
+
+    def step_done(step, value):
+        return StepDone(step, 9, value, 0.1, 1e-4, 0.0)
+
+    with EventLog(log) as emit:
+        emit(PlanMade({"name": "my-run"}))
+        for step, value in [(1, 4.0), (2, 3.0), (3, float("nan")), (4, 50.0)]:
+            emit(step_done(step, value))
+    with EventLog(log) as emit:
+        emit(Resumed(2, "checkpoints/step-000002"))
+        for step, value in [(3, 2.0), (4, 1.0)]:
+            emit(step_done(step, value))
+    with log.open("ab") as file:
+        file.write(b'{"event": "StepDone", "step": 5, "lo')
+    assert draw(log, picture)
+    root = ElementTree.parse(picture).getroot()
+    values = read_back(root, "loss")(line(root, "raw")[:, 1])
+    assert values == pytest.approx([4, 3, 2, 1], abs=0.02)
+    assert "Loss of my-run" in texts(root)
+    assert len([e for e in root.iter() if e.get("class") == "resume"]) == 1
