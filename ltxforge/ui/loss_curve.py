@@ -19,7 +19,7 @@ from ltxforge.ui.text import counted, loss, printable, short
 
 XMLNS = "http://www.w3.org/2000/svg"
 WIDTH, HEIGHT = 960, 520
-LEFT, RIGHT, TOP = 72, 24, 64
+LEFT, RIGHT, TOP = 72, 36, 64
 LOSS_HEIGHT, RATE_HEIGHT, BETWEEN = 300, 70, 34
 MOST_POINTS = 2 * (WIDTH - LEFT - RIGHT)  # more would fall on the same pixels
 
