@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -26,8 +27,9 @@ app = typer.Typer(
 
 Recipe = Annotated[Path, typer.Argument(help="The recipe, a TOML file.", show_default=False)]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. run.steps=500. Repeatable.")
-]  # fmt: skip
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. run.steps=500. Repeatable."),
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory; default runs/<recipe name>.")]
 Plain = Annotated[bool, typer.Option("--plain", help="Plain lines instead of a live display.")]
 
@@ -69,6 +71,7 @@ def schema() -> None:
 def _engine() -> Any:
     """`ltxforge.run`, which brings torch and diffusers: 4 s that `check` does not have."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import about kernels for other tasks
     return importlib.import_module("ltxforge.run")
 
 

@@ -20,6 +20,7 @@ from ltxforge.models.sources import spec_of
 from ltxforge.plan import ModelPlan, Plan
 from ltxforge.planner import Facts
 from ltxforge.recipe.parse import Parsed
+from ltxforge.recipe.rules import dataset_id
 from ltxforge.recipe.schema import Dataset, Recipe, parse_size
 from ltxforge.signals import StopRequest
 from ltxforge.specs import ModelSpec
@@ -90,7 +91,7 @@ def _model(recipe: Recipe, cache: Path) -> ModelPlan:
 def _clips(dataset: Dataset, spec: ModelSpec | None, cache: Path, emit: Emit, stop: StopRequest) -> list[Clip]:
     folder = demo.render(cache / "builtin" / "shapes") if dataset.path == DEMO_CLIPS else Path(dataset.path)
     return scan(
-        folder.expanduser(), dataset_id=dataset.id or folder.name, resolution=parse_size(dataset.resolution),
+        folder.expanduser(), dataset_id=dataset_id(dataset), resolution=parse_size(dataset.resolution),
         frames=dataset.frames, fps=dataset.fps or (spec.default_fps if spec else 25.0), windows=dataset.windows,
         buckets=dataset.buckets, max_upscale=dataset.max_upscale,
         factors=(spec.spatial_factor, spec.temporal_factor) if spec else (32, 8),

@@ -32,6 +32,7 @@ from ltxforge.plan import (
     TrainingPlan,
     ValidationPlan,
 )
+from ltxforge.recipe.rules import dataset_id
 from ltxforge.recipe.schema import Dataset, Prompt, Recipe, parse_size
 from ltxforge.shapes import ClipShape
 from ltxforge.specs import ModelSpec
@@ -106,7 +107,7 @@ def batches_per_epoch(data: DataPlan, batch_size: int) -> int:
 def _data(recipe: Recipe, facts: Facts) -> DataPlan:
     samples = [
         SamplePlan(
-            dataset=_dataset_id(dataset), clip=clip.digest, path=str(clip.path), caption=clip.caption,
+            dataset=dataset_id(dataset), clip=clip.digest, path=str(clip.path), caption=clip.caption,
             shape=clip.shape, fps=dataset.fps or facts.spec.default_fps, start_seconds=start, repeats=dataset.repeats,
         )
         for dataset, clips in facts.clips
@@ -129,10 +130,6 @@ def _data(recipe: Recipe, facts: Facts) -> DataPlan:
         BucketPlan(shape, fps, shape.latent(*factors).tokens, count) for (shape, fps), count in sorted(counts.items())
     )
     return DataPlan(tuple(samples), buckets, recipe.run.max_rejected)
-
-
-def _dataset_id(dataset: Dataset) -> str:
-    return dataset.id or dataset.path.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
 
 
 def _device(recipe: Recipe, hardware: Hardware) -> DevicePlan:

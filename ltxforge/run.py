@@ -177,7 +177,7 @@ class Session:
         )
         self.emit(PhaseEnded("train", time.monotonic() - began))
         outcome = "stopped" if step < self.plan.steps else "finished"
-        if step > self.start:
+        if step > self.start and not self.checkpoints.path(step).exists():
             self.save(step)
         draw(self.home.events, self.home.loss_curve)
         if outcome == "finished":
