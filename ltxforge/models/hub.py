@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx  # the transport of huggingface_hub; its errors come through
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    CacheNotFound,
+    HfApi,
+    hf_hub_download,
+    scan_cache_dir,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -113,15 +120,26 @@ def open_hub(repository: str, inside: str, revision: str, digests: Digests) -> T
 
 
 def _open_cached(repository: str, inside: str, revision: str, digests: Digests) -> LocalTree:
+    """A snapshot in the cache: the commit, else what the branch last pointed to here, else the newest.
+
+    The library's own offline download is of no use: it wants whole repositories, and knows a branch only by downloads
+    that named it, while plans name commits.
+    """
     try:
-        folder = snapshot_download(repository, revision=revision or None, local_files_only=True)
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError) as error:
+        cached = [repo for repo in scan_cache_dir().repos if (repo.repo_id, repo.repo_type) == (repository, "model")]
+    except CacheNotFound:
+        cached = []
+    snapshots = sorted((found for repo in cached for found in repo.revisions), key=lambda found: found.last_modified)
+    name = revision or "main"
+    named = [found for found in snapshots if name == found.commit_hash or name in found.refs]
+    if (not named and not snapshots) or (revision and not named):
         raise HubError(
-            f"{repository} is not in the Hub's cache, and HF_HUB_OFFLINE forbids asking for it",
+            f"{repository}{'@' + revision if revision else ''} is not in the Hub's cache, and HF_HUB_OFFLINE forbids "
+            "asking for it",
             remedy="Unset HF_HUB_OFFLINE to download it, set HF_HOME to where the cache is, or give a path.",
-        ) from error
-    snapshot = Path(folder)
-    return LocalTree(snapshot, inside, digests, repository, snapshot.name)
+        )
+    chosen = (named or snapshots)[-1]
+    return LocalTree(Path(chosen.snapshot_path), inside, digests, repository, chosen.commit_hash)
 
 
 def fetch_files(repository: str, revision: str, paths: Iterable[str]) -> Path:
@@ -130,8 +148,10 @@ def fetch_files(repository: str, revision: str, paths: Iterable[str]) -> Path:
     try:
         with told(repository, revision):
             return Path(snapshot_download(repository, revision=revision or None, allow_patterns=exact))
-    except _OfflineError:
-        return _open_cached(repository, "", revision, Digests()).root
+    except _OfflineError as error:
+        raise HubError(
+            f"HF_HUB_OFFLINE forbids fetching what the cache lacks of {repository}", remedy=_OFFLINE_REMEDY
+        ) from error
 
 
 class _OfflineError(Exception):
