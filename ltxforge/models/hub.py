@@ -132,14 +132,15 @@ def _open_cached(repository: str, inside: str, revision: str, digests: Digests) 
     snapshots = sorted((found for repo in cached for found in repo.revisions), key=lambda found: found.last_modified)
     name = revision or "main"
     named = [found for found in snapshots if name == found.commit_hash or name in found.refs]
-    if (not named and not snapshots) or (revision and not named):
+    fitting = named or ([] if revision else snapshots)
+    if not fitting:
         raise HubError(
             f"{repository}{'@' + revision if revision else ''} is not in the Hub's cache, and HF_HUB_OFFLINE forbids "
             "asking for it",
             remedy="Unset HF_HUB_OFFLINE to download it, set HF_HOME to where the cache is, or give a path.",
         )
-    chosen = (named or snapshots)[-1]
-    return LocalTree(Path(chosen.snapshot_path), inside, digests, repository, chosen.commit_hash)
+    newest = fitting[-1]
+    return LocalTree(Path(newest.snapshot_path), inside, digests, repository, newest.commit_hash)
 
 
 def fetch_files(repository: str, revision: str, paths: Iterable[str]) -> Path:
