@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two test processes with one thread each: tiny tensors lose time to threads, and two pools fight for the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 STAMP := $(VENV)/.installed
 
 .PHONY: quickstart test sweeps install lint clean
@@ -10,10 +12,10 @@ quickstart: install
 	$(BIN)/ltxforge run recipes/quickstart.toml
 
 test: install
-	$(BIN)/python -m pytest -q -m "not sweep" -n 2
+	$(PYTEST) -m "not sweep"
 
 sweeps: install
-	$(BIN)/python -m pytest -q -m sweep -n 2
+	$(PYTEST) -m sweep
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -62,6 +62,12 @@ def make_plan(directory: Path, base: str = "tiny/ltx-video", **changes: object) 
     return dataclasses.replace(plan, **changes)
 
 
+@pytest.fixture(scope="session")
+def plan_in() -> Callable[..., planning.Plan]:
+    """`make_plan` itself, for fixtures that live longer than one test."""
+    return make_plan
+
+
 @pytest.fixture
 def tiny_plan(tmp_path: Path) -> planning.Plan:
     """`make_plan` in a fresh folder."""

@@ -32,7 +32,8 @@ def lines() -> list[str]:
 
 def file_map() -> str:
     """The section of the README."""
-    return f"{MARK}\nIn `ltxforge/` (floors and rules: `docs/architecture.md`):\n\n```\n" + "\n".join(lines()) + "\n```\n"
+    tree = "\n".join(lines())
+    return f"{MARK}\nIn `ltxforge/` (floors and rules: `docs/architecture.md`):\n\n```\n{tree}\n```\n"
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def module_name(path: Path) -> str:
 
 def part(module: str) -> str:
     """`ltxforge.media.probe` → `media`."""
-    return (module.split(".") + [""])[1]
+    return ([*module.split("."), ""])[1]
 
 
 def imports(path: Path, *, typing_too: bool = False) -> Iterator[tuple[str, ast.AST, bool]]:
@@ -155,8 +155,8 @@ def test_only_durable_renames_and_deletes():
 
 
 def test_every_module_says_what_it_is():
-    without = [p.name for p in FILES if p.name != "__init__.py" and not ast.get_docstring(ast.parse(p.read_text("utf-8")))]
-    assert not without
+    modules = [path for path in FILES if path.name != "__init__.py"]
+    assert not [path.name for path in modules if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
 
 
 @pytest.mark.parametrize("name", ["utils", "util", "common", "helpers", "misc", "manager", "handler", "base"])

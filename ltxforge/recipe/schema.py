@@ -252,7 +252,7 @@ class Conditioning(_Section):
     caption_dropout: Share = Field(0.0, description="Probability of training on the empty caption.")
     prompt_tokens: Annotated[int, Field(ge=8, le=512)] | None = Field(
         None,
-        description="T5 length; longer captions are cut and counted. Default: the pipeline's, 128 up to 0.9.1, then 256.",
+        description="T5 length; longer captions are cut and counted. Default: the pipeline's, 128 or 256.",
     )
 
 

@@ -1,0 +1,251 @@
+"""Whole runs as a user starts them: the shipped recipes on the tiny model, folders of clips, mistakes and refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers import LTXConditionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from ltxforge import run
+from ltxforge.errors import DataError, PlanError, RecipeError, RunError
+from ltxforge.lora.inject import inject, load_adapter
+from ltxforge.lora.targets import match
+from ltxforge.media import demo
+from ltxforge.models.load import load_model
+from ltxforge.models.tiny import tiny_parts
+from ltxforge.plan import Plan, from_json
+from ltxforge.trackers.jsonl import last_per_step, read_events
+from ltxforge.ui.screen import screen_for
+from ltxforge.validation.sample import sample
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+SMALL = [
+    "run.steps=3", "checkpoint.every=2", "training.batch_size=2", "lora.rank=4", "optimizer.warmup_steps=1",
+    "validation.every=3", "validation.steps=2", "dataset.0.resolution=64x64", "dataset.0.frames=9",
+    "validation.resolution=64x64", "validation.frames=9", "conditioning.prompt_tokens=32",
+]  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def clips(here) -> Path:
+    return demo.render(here / "clips")
+
+
+def start(recipe: Path, *overrides: str, out: Path | None = None) -> str:
+    screen = io.StringIO()
+    run.run(recipe, overrides, out, screen_for(screen, plain=True))
+    return screen.getvalue()
+
+
+def plan_of(directory: Path) -> Plan:
+    return from_json(Plan, json.loads((directory / "plan.json").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_run(recipe, here, clips):
+    image = here / "first.png"
+    Image.new("RGB", (200, 100), "teal").save(image)
+    overrides = ["model.base=tiny/ltx-video", f"dataset.0.path={clips}", *SMALL]
+    if "image" in recipe.stem:
+        overrides += [f"validation.prompt.0.image={image}", "optimizer.warmup_steps=0"]
+    shown = start(recipe, *overrides)
+    home = here / "runs" / recipe.stem
+    names = [prompt.name for prompt in plan_of(home).validation.prompts]
+    assert names
+    for step in (0, 3):
+        for name in names:
+            folder = home / "samples" / f"step-{step:06d}"
+            with av.open(folder / f"{name}.mp4") as video:
+                assert video.streams.video[0].average_rate == 25
+                frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+            assert len(frames) == 9 and frames[0].shape == (64, 64, 3)
+            with Image.open(folder / f"{name}.png") as sheet:
+                assert sheet.size[0] > 300
+    assert "<svg" in (home / "loss.svg").read_text(encoding="utf-8")
+    assert list(last_per_step(read_events(home / "events.jsonl"))) == [1, 2, 3]
+    assert "finished" in shown
+    assert sorted(path.name for path in (home / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+
+
+def test_the_exported_file_samples_what_the_trainer_samples(here):
+    """A fresh stock pipeline with the exported float32 LoRA gives the trainer's validation sample, bit for bit."""
+    prompt = ["validation.prompt=", "validation.prompt.0.name=disc", "validation.prompt.0.prompt=a red disc"]
+    settings = [*SMALL, *prompt, "lora.save_precision=fp32", "validation.guidance=1.0", "optimizer.learning_rate=0.05"]
+    start(ROOT / "recipes/quickstart.toml", *settings)
+    home, cpu = here / "runs/quickstart", torch.device("cpu")
+    plan = plan_of(home)
+    model = load_model(plan.model, cpu, torch.float32)
+    model.load_transformer()
+    inject(model.transformer, plan.lora, match(plan.lora.targets, model.spec), plan.seed)
+    load_adapter(model.transformer, load_file(home / "checkpoints/step-000003/adapter.safetensors"))
+    with model.text_encoder():
+        embeddings = {"a red disc": model.encode_prompts(["a red disc"], 32)[0]}
+    ours = sample(model, plan.validation.prompts[0], embeddings, 32).frames
+
+    parts, sampling = tiny_parts(model.spec), model.spec.sampling
+    text_encoder, tokenizer = parts.text_encoder(cpu, torch.float32)
+    pipeline = LTXConditionPipeline(
+        scheduler=parts.scheduler(), vae=parts.vae(cpu, torch.float32), text_encoder=text_encoder, tokenizer=tokenizer,
+        transformer=parts.transformer(cpu, torch.float32),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+
+    def picture() -> np.ndarray:
+        frames = pipeline(
+            prompt="a red disc", width=64, height=64, num_frames=9, frame_rate=25.0, guidance_scale=1.0,
+            num_inference_steps=2, decode_timestep=sampling.decode_timestep, max_sequence_length=32,
+            decode_noise_scale=sampling.decode_noise_scale, output_type="np",
+            generator=torch.Generator().manual_seed(42),
+        ).frames[0]  # fmt: skip
+        return np.rint(frames * 255).astype(np.uint8)
+
+    base = picture()
+    pipeline.load_lora_weights(str(home), weight_name="lora.safetensors")
+    assert np.array_equal(picture(), ours) and not np.array_equal(base, ours)
+
+
+def test_user_files_are_never_changed(here, clips):
+    def digests() -> dict[str, str]:
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(clips.iterdir())}
+
+    before, times = digests(), {path.name: path.stat().st_mtime_ns for path in clips.iterdir()}
+    start(ROOT / "recipes/quickstart.toml", *SMALL, "dataset.0.path=clips", "validation.every=0")
+    assert digests() == before
+    assert {path.name: path.stat().st_mtime_ns for path in clips.iterdir()} == times
+
+
+def test_the_adapter_of_the_checkpoint_is_the_exported_one(here):
+    start(ROOT / "recipes/quickstart.toml", *SMALL, "lora.alpha=6.0", "validation.every=0")
+    home = here / "runs/quickstart"
+    adapter = load_file(home / "checkpoints/step-000003/adapter.safetensors")
+    exported = load_file(home / "lora.safetensors")
+    inside = load_file(home / "checkpoints/step-000003/lora.safetensors")
+    assert all(torch.equal(exported[name], inside[name]) for name in exported)
+    for name, value in adapter.items():
+        assert value.dtype == torch.float32
+        scale = 1.5 if "lora_B" in name else 1.0
+        assert torch.equal(exported[f"diffusion_model.{name}"], (value * scale).to(torch.bfloat16))
+
+
+def test_epochs_become_steps(here, clips):
+    start(ROOT / "recipes/quickstart.toml", *SMALL, "run.steps=", "run.epochs=2", "validation.every=0")
+    plan = plan_of(here / "runs/quickstart")
+    assert plan.steps == round(2 * plan.steps_per_epoch) and plan.steps > 3
+
+
+def test_out_and_cache_directories(here):
+    start(
+        ROOT / "recipes/quickstart.toml", *SMALL, "cache.directory=elsewhere", "validation.every=0", out=here / "mine"
+    )
+    assert (here / "mine/lora.safetensors").exists() and (here / "elsewhere/latents").is_dir()
+    assert not (here / "runs").exists() and not (here / "cache").exists()
+
+
+def test_everything_missing_is_told_at_once(here):
+    with pytest.raises(PlanError) as refused:
+        start(
+            ROOT / "recipes/ltx-video-image-to-video.toml", "model.base=./no-weights", "dataset.0.path=no-clips",
+            "validation.library=no-library.toml",
+        )  # fmt: skip
+    message = str(refused.value)
+    assert all(name in message for name in ("no-weights", "no-clips", "no-library.toml", "data/first-frame.png"))
+
+
+def test_an_unreachable_hub_is_one_clear_message(here, clips):
+    code = "from ltxforge.cli import main; main()"
+    command = ["plan", str(ROOT / "recipes/ltx-video-lora.toml"), "--set", "dataset.0.path=clips", "--plain"]
+    environment = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(here / "hf"),
+        "PATH": "",
+        "PYTHONPATH": str(ROOT),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", code, *command], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 69, result.stderr
+    assert "Traceback" not in result.stderr and "Lightricks/LTX-Video-0.9.5" in result.stderr
+
+
+def test_a_recipe_mistake_ends_with_2_and_starts_nothing(here):
+    recipe = here / "mine.toml"
+    recipe.write_text(
+        '[model]\nbase = "tiny/ltx-video"\n[run]\nsteps = 3\n[[dataset]]\npath = "x"\nframes = 61\n', "utf-8"
+    )
+    command = [sys.executable, "-m", "ltxforge", "run", str(recipe)]
+    result = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    assert result.returncode == 2 and "57 or 65" in result.stderr and "mine.toml:7:" in result.stderr
+    assert [path.name for path in here.iterdir()] == ["mine.toml"]
+    with pytest.raises(RecipeError):
+        start(recipe)
+
+
+def test_several_processes_are_refused(here, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PlanError, match="several GPUs"):
+        start(ROOT / "recipes/quickstart.toml")
+
+
+def test_targets_that_match_nothing_are_refused_before_training(here):
+    with pytest.raises(PlanError, match="match no linear layer"):
+        start(ROOT / "recipes/quickstart.toml", *SMALL, 'lora.targets=["to_qkv"]')
+
+
+def test_too_many_unreadable_clips_stop_the_run(here, clips):
+    for name in ("one", "two"):
+        (clips / f"{name}.mp4").write_bytes(b"")
+        (clips / f"{name}.txt").write_text("a caption", encoding="utf-8")
+    with pytest.raises(DataError, match="2 of 8 clips were rejected"):
+        start(ROOT / "recipes/quickstart.toml", *SMALL, "dataset.0.path=clips")
+    shown = start(ROOT / "recipes/quickstart.toml", *SMALL, "dataset.0.path=clips", "run.max_rejected=1.0")
+    assert "rejected" in shown and "finished" in shown
+
+
+def test_an_old_run_is_not_overwritten_by_another_recipe(here):
+    start(ROOT / "recipes/quickstart.toml", *SMALL, "validation.every=0")
+    saved = (here / "runs/quickstart/lora.safetensors").read_bytes()
+    with pytest.raises(RunError, match="optimizer.learning_rate"):
+        start(ROOT / "recipes/quickstart.toml", *SMALL, "validation.every=0", "optimizer.learning_rate=1e-5")
+    assert (here / "runs/quickstart/lora.safetensors").read_bytes() == saved
+
+
+REJECTED = {
+    "zero_byte.mp4", "text_renamed.mp4", "truncated_no_moov.mp4", "audio_only.mp4", "bad_caption_utf8.mp4",
+    "missing_caption.mp4", "roof_portrait_hdr.mp4",
+}  # fmt: skip
+
+
+def test_real_clips_with_nasty_ones_among_them(here, test_data):
+    folder = here / "clips"
+    shutil.copytree(test_data / "clips", folder)
+    shutil.copytree(test_data / "nasty", folder / "nasty")
+    settings = ["dataset.0.path=clips", "run.max_rejected=1.0", "dataset.0.resolution=96x64", "dataset.0.frames=17"]
+    shown = start(ROOT / "recipes/quickstart.toml", *SMALL[:-4], *settings, "conditioning.prompt_tokens=32")
+    events = list(read_events(here / "runs/quickstart/events.jsonl"))
+    verdicts = {Path(e["path"]).name: e for e in events if e["event"] == "ClipJudged"}
+    media = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".txt"]
+    assert verdicts.keys() == {path.name for path in media}
+    assert {name for name, verdict in verdicts.items() if verdict["verdict"] == "rejected"} == REJECTED
+    assert {name for name, verdict in verdicts.items() if verdict["verdict"] == "dropped"} == {"one_frame.mp4"}
+    assert all(verdict["reason"] for verdict in verdicts.values() if verdict["verdict"] != "ok")
+    assert verdicts["truncated_mid_stream.mp4"]["warnings"]
+    assert (here / "runs/quickstart/lora.safetensors").exists() and "finished" in shown
