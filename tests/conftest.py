@@ -38,7 +38,7 @@ def make_plan(directory: Path, base: str = "tiny/ltx-video", **changes: object) 
     buckets = tuple(
         planning.BucketPlan(shape, 25.0, shape.latent().tokens, shapes.count(shape)) for shape in sorted(set(shapes))
     )
-    part = planning.ComponentPlan(source=base, kind="builtin", digest=f"builtin:{base}", location=base)
+    part = planning.ComponentPlan(source=base, kind="builtin", digest=f"builtin:{base}")
     names = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     plan = planning.Plan(
         name="made-up",

@@ -53,9 +53,7 @@ def test_an_epoch_sees_every_sample_once_in_batches_of_one_shape(make, size, acc
 
 
 def test_repeats_count(make, tiny_plan):
-    samples = tuple(
-        dataclasses.replace(s, repeats=3 if n == 5 else 1) for n, s in enumerate(tiny_plan.data.samples)
-    )
+    samples = tuple(dataclasses.replace(s, repeats=3 if n == 5 else 1) for n, s in enumerate(tiny_plan.data.samples))
     batches = make(data=dataclasses.replace(tiny_plan.data, samples=samples), training=TrainingPlan(1, 1, 1.0, None))
     seen = Counter(batches.index_at(step, 0).samples[0] for step in range(1, 9))
     assert batches.per_epoch == 8 and seen == {0: 1, 1: 1, 2: 1, 3: 1, 4: 1, 5: 3}

@@ -1,0 +1,218 @@
+"""Caching: what is missing is made, what is there is kept, stages guarded by goldens, and nothing is made twice."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from ltxforge.dataset import encode
+from ltxforge.dataset.cache import Cache
+from ltxforge.errors import DataError, Stopped
+from ltxforge.events import ClipJudged, PhaseAdvanced
+from ltxforge.media import demo
+from ltxforge.media.decode import decode
+from ltxforge.models.load import load_model
+from ltxforge.plan import CachePlan, DataPlan, PromptPlan, SamplePlan, ValidationPlan
+from ltxforge.shapes import ClipShape
+from ltxforge.signals import StopRequest
+
+SHAPE = ClipShape(64, 64, 9)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    return demo.render(tmp_path_factory.mktemp("clips") / "shapes")
+
+
+@pytest.fixture
+def world(plan_maker, clips, tmp_path):
+    """(plan, model, cache, events): two clips of the built-in set, two windows of one of them."""
+    wanted = [("red_disc", 0.0), ("red_disc", 0.5), ("blue_square", 0.25)]
+    samples = tuple(
+        SamplePlan("shapes", name, str(clips / f"{name}.mp4"), f"a {name}", SHAPE, 25.0, start)
+        for name, start in wanted
+    )
+    plan = plan_maker(data=DataPlan(samples, ()))
+    events: list = []
+    model = load_model(plan.model, torch.device("cpu"), torch.float32)
+    return plan, model, Cache(tmp_path / "cache", events.append), events
+
+
+def fill(world, stop=None):
+    plan, model, cache, events = world
+    return encode.fill(plan, model, cache, events.append, stop or StopRequest())
+
+
+def written(cache: Cache) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in cache.directory.rglob("*.safetensors")}
+
+
+def test_entries_are_what_the_model_gives(world):
+    plan, model, cache, _ = world
+    data = fill(world)
+    assert [item.sample for item in data.samples] == list(plan.data.samples)
+    for item in data.samples:
+        times = [item.sample.start_seconds + n / 25 for n in range(9)]
+        with model.vae():
+            expected = model.encode_clip(torch.from_numpy(decode(Path(item.sample.path), times, (64, 64))))
+        entry = cache.read("latents", item.latents_key)
+        assert torch.equal(entry.tensors["mean"], expected.mean) and "std" not in entry.tensors
+    with model.text_encoder():
+        prompt = model.encode_prompts(["a red_disc"], 32)[0]
+    assert torch.equal(encode.read_prompt(plan, cache, "a red_disc", model.text_dtype).embeds, prompt.embeds)
+
+
+def test_nothing_is_made_twice_and_nothing_is_loaded_when_nothing_is_missing(world):
+    plan, model, cache, events = world
+    first = fill(world)
+    before = written(cache)
+
+    class Bare:
+        """Only the dtypes: any attempt to load an encoder is an AttributeError."""
+
+        vae_dtype, text_dtype = model.vae_dtype, model.text_dtype
+
+    again = encode.fill(plan, Bare(), cache, events.append, StopRequest())
+    assert again == first and written(cache) == before
+
+
+def test_only_the_damaged_entry_is_made_again(world):
+    _, _, cache, _ = world
+    first = fill(world)
+    before = written(cache)
+    path = cache.path("latents", first.samples[1].latents_key)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert fill(world) == first
+    after = written(cache)
+    assert {name for name in after if after[name] != before[name]} == {str(path)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: dataclasses.replace(plan, cache=CachePlan(plan.cache.directory, "sample")),
+        lambda plan: with_part(plan, "vae"),
+        lambda plan: with_sample(plan, start_seconds=0.125),
+        lambda plan: with_sample(plan, fps=24.0),
+        lambda plan: with_sample(plan, shape=ClipShape(96, 64, 9)),
+        lambda plan: with_sample(plan, clip="edited"),
+    ],
+)
+def test_every_input_of_the_latents_is_in_their_key(tiny_plan, change):
+    sample = tiny_plan.data.samples[0]
+    changed = change(tiny_plan)
+    before = encode.latents_key(tiny_plan, sample, torch.float32)
+    assert before != encode.latents_key(changed, changed.data.samples[0], torch.float32)
+    assert before != encode.latents_key(tiny_plan, sample, torch.bfloat16)
+    moved = dataclasses.replace(sample, path="/elsewhere", caption="other", repeats=9, dataset="other")
+    assert before == encode.latents_key(tiny_plan, moved, torch.float32)
+
+
+def with_part(plan, name):
+    part = dataclasses.replace(plan.model.components[name], digest="other")
+    return dataclasses.replace(
+        plan, model=dataclasses.replace(plan.model, components={**plan.model.components, name: part})
+    )
+
+
+def with_sample(plan, **changes):
+    first, *rest = plan.data.samples
+    changed = (dataclasses.replace(first, **changes), *rest)
+    return dataclasses.replace(plan, data=dataclasses.replace(plan.data, samples=changed))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer"])
+def test_every_input_of_a_prompt_is_in_its_key(tiny_plan, part):
+    before = encode.prompt_key(tiny_plan, "a", torch.float32)
+    longer = dataclasses.replace(tiny_plan.conditioning, prompt_tokens=33)
+    others = [
+        encode.prompt_key(with_part(tiny_plan, part), "a", torch.float32),
+        encode.prompt_key(dataclasses.replace(tiny_plan, conditioning=longer), "a", torch.float32),
+        encode.prompt_key(tiny_plan, "b", torch.float32),
+        encode.prompt_key(tiny_plan, "a", torch.bfloat16),
+        encode.prompt_key(
+            dataclasses.replace(tiny_plan, model=dataclasses.replace(tiny_plan.model, rope="plain")), "a", torch.float32
+        ),
+    ]
+    assert before not in others
+
+
+def test_a_stop_keeps_what_is_made_and_goes_on_later(world):
+    plan, model, cache, _ = world
+    stop = StopRequest()
+
+    def stop_in_latents(event):
+        if isinstance(event, PhaseAdvanced) and event.phase == "latents" and event.done == 1:
+            stop.request()
+
+    with pytest.raises(Stopped, match="while caching latents"):
+        encode.fill(plan, model, cache, stop_in_latents, stop)
+    kept = written(cache)
+    assert sum("latents" in name for name in kept) == 1
+    assert len(fill(world).samples) == 3
+    assert {name: written(cache)[name] for name in kept} == kept
+
+
+def test_windows_that_do_not_decode_are_dropped_with_a_verdict(world, tmp_path):
+    plan, model, cache, events = world
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    late = dataclasses.replace(plan.data.samples[0], start_seconds=60.0, clip="late")
+    gone = dataclasses.replace(plan.data.samples[0], path=str(broken), clip="broken")
+    changed = dataclasses.replace(plan, data=DataPlan((*plan.data.samples, late, gone), ()))
+    data = encode.fill(changed, model, cache, events.append, StopRequest())
+    assert [item.sample for item in data.samples] == list(plan.data.samples)
+    verdicts = {Path(e.path).name: e for e in events if isinstance(e, ClipJudged)}
+    assert verdicts["broken.mp4"].verdict == "rejected" and verdicts["broken.mp4"].reason
+    assert verdicts["red_disc.mp4"].verdict == "ok" and verdicts["red_disc.mp4"].warnings
+
+
+def test_nothing_left_is_an_error(world, tmp_path):
+    plan, model, cache, events = world
+    gone = dataclasses.replace(plan.data.samples[0], path=str(tmp_path / "gone.mp4"), clip="gone")
+    with pytest.raises(DataError, match="nothing to train on"):
+        encode.fill(dataclasses.replace(plan, data=DataPlan((gone,), ())), model, cache, events.append, StopRequest())
+
+
+def test_validation_texts_are_cached_too(world):
+    plan, model, cache, events = world
+    prompts = (
+        PromptPlan("a", "guided", "no blur", "", SHAPE, 25.0, 2, 3.0, 1),
+        PromptPlan("b", "unguided", "unused", "", SHAPE, 25.0, 2, 1.0, 1),
+    )
+    validated = dataclasses.replace(plan, validation=ValidationPlan(1, True, prompts))
+    assert encode.validation_captions(validated) == {"guided", "no blur", "unguided"}
+    encode.fill(validated, model, cache, events.append, StopRequest())
+    for text in ("guided", "no blur", "unguided", ""):
+        assert encode.read_prompt(validated, cache, text, model.text_dtype).embeds.shape[0] >= 1
+
+
+def test_a_damaged_entry_during_training_is_an_error_and_never_trained_on(world):
+    cache = world[2]
+    data = fill(world)
+    cache.path("latents", data.samples[0].latents_key).write_bytes(b"")
+    with pytest.raises(DataError, match="Start the same command again"):
+        encode.read(cache, "latents", data.samples[0].latents_key)
+
+
+# Guards of LATENTS_VERSION = 1 and PROMPTS_VERSION = 1: whoever changes how clips or captions are encoded changes these
+# numbers, and must raise the version so that old cache entries are not used. Means of absolute values; CPUs differ in
+# the last digits.
+GOLDEN_LATENTS = {0: 0.866169, 2: 0.949558}
+GOLDEN_PROMPT = 0.803852
+
+
+def test_the_meaning_of_an_encoding_changes_only_with_its_version(world):
+    plan, model, cache, _ = world
+    data = fill(world)
+    assert (encode.LATENTS_VERSION, encode.PROMPTS_VERSION) == (1, 1)
+    for index, expected in GOLDEN_LATENTS.items():
+        mean = cache.read("latents", data.samples[index].latents_key).tensors["mean"]
+        assert mean.abs().mean().item() == pytest.approx(expected, rel=1e-3)
+    embeds = encode.read_prompt(plan, cache, "a red_disc", model.text_dtype).embeds
+    assert embeds.abs().mean().item() == pytest.approx(GOLDEN_PROMPT, rel=1e-4)

@@ -1,0 +1,174 @@
+"""The deciding: defaults with their origins, what depends on what, and refusals with reasons."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from ltxforge.dataset.scan import Clip
+from ltxforge.errors import PlanError
+from ltxforge.hardware import Hardware
+from ltxforge.plan import ComponentPlan, ModelPlan
+from ltxforge.planner import Facts, batches_per_epoch, changed_machine, make_plan
+from ltxforge.recipe.parse import parse
+from ltxforge.shapes import ClipShape
+from ltxforge.specs import SPECS, TINY
+from ltxforge.validation.prompts import PromptEntry
+
+CPU = Hardware("cpu", "a CPU", (0, 0), 0, False, 2, {"torch": "2.13.0"}, ("no GPU",))
+GPU = Hardware("cuda", "a GPU", (9, 0), 80 * 2**30, True, 8, {"torch": "2.13.0"}, ())
+MINIMAL = """
+[model]
+base = "tiny/ltx-video"
+[run]
+steps = 1000
+[[dataset]]
+path = "data/cats"
+resolution = "64x64"
+frames = 9
+"""
+
+
+SQUARE = ClipShape(64, 64, 9)
+
+
+def clips(count: int = 6, windows: int = 1, shape: ClipShape = SQUARE) -> list[Clip]:
+    starts = tuple(float(n) for n in range(windows))
+    return [
+        Clip(Path(f"/data/cats/{n}.mp4"), f"{n}.mp4", f"digest{n}", f"caption {n}", shape=shape, starts=starts)
+        for n in range(count)
+    ]
+
+
+def plan_for(text: str = MINIMAL, *, found=None, hardware=CPU, spec=TINY["tiny/ltx-video"], **changes):
+    parsed = parse(text, "mine.toml")
+    part = ComponentPlan(source="x", kind="builtin", digest="d", location="x")
+    names = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    found = clips() if found is None else found
+    enabled = [dataset for dataset in parsed.recipe.dataset if dataset.enabled]
+    model = ModelPlan("x", spec.version, spec.rope, dict.fromkeys(names, part))
+    facts = Facts(
+        "mine", "/runs/mine", "/cache", hardware, model, spec,
+        [(dataset, found) for dataset in enabled], said=parsed.said, **changes,
+    )  # fmt: skip
+    return make_plan(parsed.recipe, facts)
+
+
+def test_the_defaults_are_the_documented_ones():
+    plan = plan_for()
+    assert (plan.lora.rank, plan.lora.alpha, plan.lora.dropout) == (32, 32.0, 0.0)
+    assert (plan.optimizer.name, plan.optimizer.learning_rate, plan.optimizer.weight_decay) == ("adamw", 1e-4, 0.0)
+    assert plan.optimizer.betas == (0.9, 0.999)
+    assert (plan.training.clip_norm, plan.training.clip_value) == (1.0, None)
+    assert (plan.flow.sigma, plan.flow.shift, plan.flow.uniform_fraction) == ("stretched-logit-normal", None, 0.1)
+    assert plan.optimizer.schedule == "constant" and plan.checkpoint.every == 250
+    assert plan.seed == 42 and plan.resume == "latest"
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1000, 50), (5000, 100), (40, 2), (10, 0)])
+def test_warm_up_is_five_percent_and_at_most_a_hundred(steps, warmup):
+    assert plan_for(MINIMAL.replace("1000", str(steps))).optimizer.warmup_steps == warmup
+
+
+@pytest.mark.parametrize(
+    ("hardware", "precision", "checkpointing", "exactness"),
+    [(CPU, "fp32", 0, "exact"), (GPU, "bf16", 1, "statistical")],
+)
+def test_the_device_decides_what_the_recipe_leaves_open(hardware, precision, checkpointing, exactness):
+    plan = plan_for(hardware=hardware)
+    assert (plan.device.precision, plan.memory.checkpointing) == (precision, checkpointing)
+    assert plan.device.exactness == exactness and plan.device.exactness_reason
+    assert plan.origins["training.precision"] == "device"
+    said = plan_for(MINIMAL + '[training]\nprecision = "fp32"\n[memory]\ncheckpointing = 3\n', hardware=hardware)
+    assert (said.device.precision, said.memory.checkpointing) == ("fp32", 3)
+    assert said.origins["training.precision"] == "recipe"
+
+
+def test_epochs_count_batches_of_each_bucket():
+    text = MINIMAL.replace("steps = 1000", "epochs = 3") + "[training]\nbatch_size = 4\naccumulate = 2\n"
+    found = [*clips(6), *clips(5, shape=ClipShape(96, 32, 9))]
+    plan = plan_for(text, found=found)
+    per_epoch = math.ceil(6 / 4) + math.ceil(5 / 4)
+    assert batches_per_epoch(plan.data, 4) == per_epoch
+    assert plan.steps_per_epoch == per_epoch / 2 and plan.steps == math.ceil(3 * per_epoch / 2)
+
+
+def test_samples_are_ordered_by_content_and_not_by_folder():
+    straight, reversed_ = plan_for(found=clips(6, 2)), plan_for(found=list(reversed(clips(6, 2))))
+    assert straight.data == reversed_.data
+    renamed = [dataclasses.replace(c, path=Path(f"/else/{n}.mp4")) for n, c in enumerate(reversed(clips(6, 2)))]
+    assert plan_for(found=renamed).identity_digest() == straight.identity_digest()
+
+
+def test_only_good_clips_become_samples():
+    found = clips(3)
+    found[1] = dataclasses.replace(found[1], verdict="dropped", reason="too short", starts=())
+    assert [sample.clip for sample in plan_for(found=found).data.samples] == ["digest0", "digest2"]
+    with pytest.raises(PlanError, match="no usable clip"):
+        plan_for(found=[dataclasses.replace(clip, verdict="rejected", reason="broken") for clip in clips(2)])
+
+
+def test_raising_steps_keeps_the_first_plan_s_schedule():
+    text = MINIMAL + '[optimizer]\nschedule = "cosine"\n'
+    first = plan_for(text)
+    second = plan_for(text.replace("1000", "2000"), previous=first)
+    assert second.optimizer == first.optimizer and second.steps == 2000
+    assert second.identity_digest() == first.identity_digest()
+    assert any("still ends at step 1000" in note for note in second.notes)
+    assert plan_for(text.replace("1000", "2000")).optimizer.decay_steps == 2000
+
+
+def test_warm_up_longer_than_epochs_allow_is_refused():
+    text = MINIMAL.replace("steps = 1000", "epochs = 1") + "[optimizer]\nwarmup_steps = 6\n"
+    with pytest.raises(PlanError, match="never leave warm-up"):
+        plan_for(text)
+
+
+def test_small_buckets_name_the_repeats_that_fill_them():
+    plan = plan_for(MINIMAL + "[training]\nbatch_size = 4\n", found=clips(3))
+    assert any("repeats = 2 would fill" in note for note in plan.notes)
+
+
+def test_validation_follows_the_first_dataset_and_the_version():
+    plan = plan_for(MINIMAL + '[[validation.prompt]]\nname = "a"\nprompt = "b"\n')
+    prompt, sampling = plan.validation.prompts[0], TINY["tiny/ltx-video"].sampling
+    assert prompt.shape == ClipShape(64, 64, 9) and prompt.fps == 25.0
+    assert (prompt.steps, prompt.guidance) == (sampling.steps, sampling.guidance)
+    assert plan.validation.every == plan.checkpoint.every and plan.validates_at(0)
+
+
+def test_library_prompts_come_after_the_recipe_s_and_may_not_share_names():
+    text = MINIMAL + '[[validation.prompt]]\nname = "a"\nprompt = "b"\n'
+    plan = plan_for(text, library=[PromptEntry("c", "d", "e", None, 7)])
+    assert [(p.name, p.negative_prompt, p.seed) for p in plan.validation.prompts][1] == ("c", "e", 7)
+    with pytest.raises(PlanError, match="share a name: a"):
+        plan_for(text, library=[PromptEntry("a", "d", None, None, None)])
+
+
+def test_distilled_weights_get_their_own_sampling_and_a_word_about_guidance():
+    spec, text = SPECS["0.9.7-distilled"], MINIMAL + '[[validation.prompt]]\nname = "a"\nprompt = "b"\n'
+    plan = plan_for(text, spec=spec, hardware=GPU)
+    assert plan.validation.prompts[0].guidance == 1.0 and plan.validation.prompts[0].steps == spec.sampling.steps
+    warned = plan_for(text + "[validation]\nguidance = 3.0\n", spec=spec, hardware=GPU)
+    assert any("guidance 1" in note for note in warned.notes)
+
+
+def test_another_machine_is_told_and_not_refused():
+    first, second = plan_for(), plan_for(hardware=dataclasses.replace(GPU, versions={"torch": "2.14.0"}))
+    changes = changed_machine(first, second)
+    assert any("device was cpu" in change for change in changes)
+    assert any("torch was 2.13.0, now 2.14.0" in change for change in changes)
+    assert changed_machine(first, plan_for()) == []
+
+
+def test_estimates_follow_from_the_sizes():
+    plan = plan_for()
+    width = TINY["tiny/ltx-video"].width
+    parameters = 32 * 2 * width * 8 * TINY["tiny/ltx-video"].blocks  # eight square projections per block
+    assert plan.estimates.lora_bytes == parameters * 2
+    assert plan.estimates.checkpoint_bytes == parameters * (4 + 8) + parameters * 2
+    latents = 6 * 2 * 2 * 2 * TINY["tiny/ltx-video"].latent_channels * 4
+    assert plan.estimates.cache_bytes > latents
