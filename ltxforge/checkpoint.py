@@ -40,6 +40,7 @@ class Checkpoints:
     def __init__(self, run_directory: Path, keep: int) -> None:
         assert keep >= 2, "one checkpoint alone cannot survive its own damage"
         self.directory, self._keep = run_directory / "checkpoints", keep
+        self._damaged: set[int] = set()
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of this step stands."""
@@ -75,9 +76,17 @@ class Checkpoints:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}, folder / ADAPTER)
             save_file({name: _own(tensor) for name, tensor in optimizer.items()}, folder / OPTIMIZER)
             export(folder / LORA)
-        for old in self.steps()[: -self._keep]:
-            retire(self.path(old))
+        self._damaged.discard(step)
+        self._retire_old(step)
         return final
+
+    def _retire_old(self, step: int) -> None:
+        """Leave the newest few up to `step` that can be restored. Later ones, all damaged, wait to be overtaken."""
+        passed = [earlier for earlier in self.steps() if earlier <= step]
+        kept = [earlier for earlier in passed if earlier not in self._damaged][-self._keep :]
+        for old in passed:
+            if old not in kept:
+                retire(self.path(old))
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies; None if there never was one.
@@ -99,6 +108,7 @@ class Checkpoints:
                     step, path, facts, load_file(path / ADAPTER), load_file(path / OPTIMIZER), tuple(refused)
                 )
             refused.append(f"{path.name}: {reason}")
+            self._damaged.add(step)
         if refused:
             raise RunError(
                 "no checkpoint can be trusted:\n    " + "\n    ".join(refused),
