@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,9 @@ def inside(root: Path, *parts: str) -> Path:
 def write_file(path: Path, content: bytes | str) -> None:
     """Replace `path` with `content`, so that a reader sees the old file or the new one and nothing in between."""
     data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with _disk_full_told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("wb") as file:
                 file.write(data)
@@ -74,9 +75,9 @@ def commit_file(partial: Path, path: Path) -> None:
 @contextlib.contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
     """Yield a partial name beside `path` for others to write to; afterwards it gets its final name, or is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with _disk_full_told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
             commit_file(partial, path)
@@ -106,7 +107,8 @@ def staged_folder(final: Path, facts: dict[str, Any]) -> Iterator[Path]:
             for path in files:
                 _sync_file(path)
             listing = {path.relative_to(staging).as_posix(): file_digest(path) for path in files}
-            write_json(staging / MANIFEST, {"facts": facts, "files": listing})
+            content = {"facts": facts, "files": listing}
+            write_json(staging / MANIFEST, {**content, "digest": _json_digest(content)})
             staging.replace(final)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
@@ -119,8 +121,11 @@ def verify_folder(folder: Path) -> tuple[dict[str, Any], str]:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         facts, files = dict(manifest["facts"]), dict(manifest["files"])
+        whole = manifest["digest"] == _json_digest({"facts": facts, "files": files})
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {}, f"{MANIFEST} cannot be read ({error})"
+    if not whole:
+        return {}, f"{MANIFEST} is damaged: its SHA-256 is not the one that was saved"
     for name, digest in files.items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
@@ -141,10 +146,15 @@ def retire(path: Path) -> None:
         trash.unlink(missing_ok=True)
 
 
-def sweep_leftovers(folder: Path) -> None:
-    """Remove partial and trash entries that a killed process of ours left in `folder`."""
+def sweep_leftovers(folder: Path, older_than_seconds: float = 0.0) -> None:
+    """Remove partial and trash entries that killed processes of ours left in `folder`.
+
+    Args:
+        older_than_seconds: spare younger ones, where another process may be at work.
+    """
+    latest = time.time() - older_than_seconds
     for path in folder.glob(".*"):
-        if re.search(r"\.(partial|trash)-\d+$", path.name):
+        if re.search(r"\.(partial|trash)-\d+$", path.name) and path.lstat().st_mtime <= latest:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -152,6 +162,10 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _json_digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _sync_file(path: Path) -> None:
@@ -171,6 +185,27 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def faults_told(folder: Path) -> Iterator[None]:
+    """Around a whole command: what the system refuses becomes an error that names the path and a way out.
+
+    Args:
+        folder: where the command writes, for faults that name no file.
+    """
+    try:
+        with _disk_full_told(folder / "a file"):
+            yield
+    except OSError as error:
+        if not error.errno or isinstance(error, BrokenPipeError):
+            raise
+        named = error.filename2 or error.filename
+        raise RunError(
+            os.strerror(error.errno).lower(), where=str(folder if named is None else Path(os.fsdecode(named))),
+            remedy="Nothing saved before was touched. Mend this, or choose another place, and start the same command"
+            " again.",
+        ) from error  # fmt: skip
+
+
+@contextlib.contextmanager
 def _disk_full_told(path: Path) -> Iterator[None]:
     try:
         yield
@@ -178,9 +213,11 @@ def _disk_full_told(path: Path) -> Iterator[None]:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
         if not full or isinstance(error, DiskFullError):
             raise
-        free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
+        named = getattr(error, "filename", None)
+        place = Path(os.fsdecode(named)) if isinstance(named, (str, bytes)) else path
+        there = next(parent for parent in place.absolute().parents if parent.exists())
         raise DiskFullError(
-            f"no space left while writing {path.name} ({free / 2**20:.0f} MiB free)",
-            where=str(path.parent),
+            f"no space left while writing {place.name} ({shutil.disk_usage(there).free / 2**20:.0f} MiB free)",
+            where=str(place.parent),
             remedy="Nothing saved before was touched. Free some space and start the same command again to continue.",
         ) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ltxforge.durable import commit_file
-from ltxforge.errors import DiskFullError
+from ltxforge.durable import staged_file, sweep_leftovers
 from ltxforge.events import Emit, Note
 
 Key = Mapping[str, Any]
@@ -81,22 +79,17 @@ class Cache:
     def write(self, kind: str, key: Key, tensors: Mapping[str, Tensor]) -> Entry:
         """Store tensors under a key, replacing what stands there. Tensors are moved to the host."""
         path = self.path(kind, key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         entry = Entry(held, content_digest(held))
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        try:
+        with staged_file(path) as partial:
             save_file(held, partial, metadata={"key": key_text(key), "content": entry.digest})
-            commit_file(partial, path)
-        except BaseException as error:
-            partial.unlink(missing_ok=True)
-            if "os error 28" in str(error):  # safetensors hides ENOSPC in its text
-                raise DiskFullError(
-                    "no space left while caching", where=str(self.directory),
-                    remedy="What is cached stays valid. Free some space and start the same command again.",
-                ) from error  # fmt: skip
-            raise
         return entry
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half written; a day's grace for those that are at work."""
+        for kind in self.directory.glob("*"):
+            for folder in (kind, *kind.glob("*/")):
+                sweep_leftovers(folder, older_than_seconds=86400.0)
 
     def _distrust(self, path: Path, reason: str) -> None:
         self._emit(Note(f"cache entry {path.name[:12]}… is damaged ({reason}); it is made again", "warning"))

@@ -43,11 +43,11 @@ class _Scene:
 
 def render(directory: Path) -> Path:
     """Make the dataset at `directory`, or reuse it if it is there and whole. Returns the directory."""
-    if directory.exists():
-        if _is_whole(directory):
-            return directory
-        durable.retire(directory)
+    if directory.exists() and _is_whole(directory):
+        return directory
     try:
+        if directory.exists():
+            durable.retire(directory)
         with durable.staged_folder(directory, _FACTS) as staging:
             for scene in _SCENES:
                 write_video(staging / f"{scene.name}.mp4", _frames(scene), scene.fps, threads=1)
