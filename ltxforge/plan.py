@@ -88,10 +88,11 @@ class BucketPlan:
 class SamplePlan:
     """One window of one clip: what is encoded, cached and trained on.
 
-    `start_seconds` is the time of the first frame in the clip; frame n is at start + n / fps.
+    `start_seconds` is the time of the first frame in the clip; frame n is at start + n / fps. `dataset` is a name, by
+    default the folder's: clips may be moved.
     """
 
-    dataset: str
+    dataset: str = free()
     clip: str
     path: str = free()
     caption: str

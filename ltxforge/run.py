@@ -15,6 +15,7 @@ from ltxforge.dataset import encode
 from ltxforge.dataset.batches import Batches
 from ltxforge.dataset.cache import Cache
 from ltxforge.distributed import refuse_several_processes
+from ltxforge.durable import faults_told
 from ltxforge.errors import RunError, Stopped
 from ltxforge.events import (
     CheckpointSaved,
@@ -60,6 +61,7 @@ def run(recipe: Path, overrides: Sequence[str], out: Path | None, screen: Screen
     where = places(parsed, out)
     with (
         StopRequest() as stop,
+        faults_told(where.run),
         RunLock(where.run),
         EventLog(where.run / "events.jsonl") as log,
         Dispatcher([screen, log]) as emit,
@@ -67,6 +69,7 @@ def run(recipe: Path, overrides: Sequence[str], out: Path | None, screen: Screen
         plan = settle_plan(parsed, where, screen, emit, stop)
         model = load_model(plan.model, torch_device(plan.device.kind), DTYPES[plan.device.precision])
         cache = Cache(Path(plan.cache.directory), emit)
+        cache.sweep()
         data = settle_data(plan, model, cache, emit, stop)
         open_session(plan, model, cache, data, log.attempt, emit, stop).train()
 
@@ -75,7 +78,7 @@ def plan_only(recipe: Path, overrides: Sequence[str], out: Path | None, screen: 
     """Print the plan of a recipe, or everything that is missing for one; starts and changes nothing."""
     parsed = load(recipe, overrides)
     where = places(parsed, out)
-    with StopRequest() as stop, Dispatcher([screen]) as emit:
+    with StopRequest() as stop, faults_told(where.run), Dispatcher([screen]) as emit:
         home = RunDirectory(where.run)
         saved = home.saved_plan()
         plan = make_plan(parsed.recipe, gather(parsed, where, saved, emit, stop))
@@ -88,6 +91,7 @@ def plan_only(recipe: Path, overrides: Sequence[str], out: Path | None, screen: 
 def settle_plan(parsed: Parsed, where: Places, screen: Screen, emit: Emit, stop: StopRequest) -> Plan:
     """Gather facts, decide, compare with the run that is there, fetch weights, print and save the plan."""
     home = RunDirectory(where.run)
+    home.sweep()
     saved = home.saved_plan()
     if saved is not None and parsed.recipe.run.resume == "never":
         raise RunError(
@@ -116,8 +120,14 @@ def settle_data(plan: Plan, model: VideoModel, cache: Cache, emit: Emit, stop: S
     """Fill the cache and compare what the run trains on with what it began with."""
     home = RunDirectory(Path(plan.directory))
     data = encode.fill(plan, model, cache, emit, stop)
-    if changed := home.compare_data(data.to_json()):
-        emit(Note(f"not bit for bit from here on: {len(changed)} samples were encoded to other bits", "warning"))
+    changes = home.compare_data(data.to_json())
+    if changes.encoded:
+        count = len(changes.encoded)
+        emit(Note(f"not bit for bit from here on: {count} samples were encoded to other bits", "warning"))
+    if changes.late:
+        count = len(changes.late)
+        emit(Note(f"{count} samples that could not be decoded when this run began stay out of it", "warning"))
+        data = data.without(changes.late)
     home.save_data(data.to_json())
     return data
 
@@ -179,7 +189,8 @@ class Session:
         outcome = "stopped" if step < self.plan.steps else "finished"
         if step > self.start and not self.checkpoints.path(step).exists():
             self.save(step)
-        draw(self.home.events, self.home.loss_curve)
+        if step > self.start or not self.home.loss_curve.exists():
+            draw(self.home.events, self.home.loss_curve)
         if outcome == "finished":
             self.emit(LoraExported(str(self.home.lora), self.export(self.home.lora, step), step))
         self.emit(RunEnded(outcome, step, time.monotonic() - began))

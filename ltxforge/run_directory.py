@@ -16,9 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from ltxforge.checkpoint import Checkpoints
-from ltxforge.durable import write_file, write_json
+from ltxforge.durable import sweep_leftovers, write_file, write_json
 from ltxforge.errors import RunError
 from ltxforge.plan import FORMAT, Plan, differences, from_json, to_json
+
+
+@dataclass(frozen=True)
+class DataChanges:
+    """How data differ from what a run began with.
+
+    `encoded` names the paths of samples that got other bits; `late` the identities of samples that could not be decoded
+    then (too slow, too little memory) and can be now.
+    """
+
+    encoded: tuple[str, ...] = ()
+    late: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -70,8 +82,13 @@ class RunDirectory:
                 remedy="Use the version of ltxforge that made this run, or give this run another directory with --out.",
             ) from error  # fmt: skip
 
+    def sweep(self) -> None:
+        """Remove what killed processes left half written. Only for the holder of the run's lock."""
+        for folder in (self.path, self.path / "checkpoints", *self.samples.glob("*/")):
+            sweep_leftovers(folder)
+
     def require_same_run(self, saved: Plan, plan: Plan) -> None:
-        """Raise RunError naming every field in which the plan is another run than the one that is here."""
+        """Raise RunError naming every field in which the plan is another run, or if it ends before what is done."""
         if changed := differences(saved, plan):
             lines = [f"    {name}: {old} -> {new}" for name, old, new in changed]
             raise RunError(
@@ -80,33 +97,46 @@ class RunDirectory:
                 " (run.steps, checkpoint.* and validation.* may change freely.)",
             )  # fmt: skip
 
+        if plan.steps < (done := Checkpoints(self.path, keep=2).steps()[-1]):
+            raise RunError(
+                f"this run is at step {done} already, and the recipe wants {plan.steps} steps", where=str(self.path),
+                remedy=f"Give it {done} steps or more, or train a shorter one with --out another/directory.",
+            )  # fmt: skip
+
     def save_plan(self, plan: Plan, recipe_text: str) -> None:
         """Write plan and recipe."""
         write_json(self.path / "plan.json", to_json(plan))
         write_file(self.path / "recipe.toml", recipe_text)
 
-    def compare_data(self, data: dict[str, Any]) -> tuple[str, ...]:
-        """Paths of samples whose encoded bits are not those that the run began with.
+    def compare_data(self, data: dict[str, Any]) -> DataChanges:
+        """How the samples differ from those that the run began with.
 
         Raises:
-            RunError: there are other samples than before.
+            RunError: some are gone, or the manifest cannot be read.
         """
         path = self.path / "data.json"
         if not self.has_run() or not path.exists():
-            return ()
-        saved = json.loads(path.read_text(encoding="utf-8"))["samples"]
-        before = {entry["identity"]: entry for entry in saved}
-        now = {entry["identity"]: entry for entry in data["samples"]}
-        if before.keys() != now.keys():
-            gone = [entry["path"] for key, entry in before.items() if key not in now]
-            new = [entry["path"] for key, entry in now.items() if key not in before]
+            return DataChanges()
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))["samples"]
+            before = {entry["identity"]: entry for entry in saved}
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"the samples changed since this run began: {len(gone)} gone, {len(new)} new"
-                f" ({', '.join(sorted(set(gone + new))[:5])})", where=str(self.path),
+                f"data.json, which says what this run trains on, cannot be read: {error}", where=str(self.path),
+                remedy="Put an intact copy back, or start a new run with --out another/directory.",
+            ) from error  # fmt: skip
+        now = {entry["identity"]: entry for entry in data["samples"]}
+        if gone := sorted(entry["path"] for key, entry in before.items() if key not in now):
+            raise RunError(
+                f"{len(gone)} samples that this run began with cannot be decoded any more: {', '.join(gone[:5])}",
+                where=str(self.path),
                 remedy="Put the clips back as they were, or start a new run with --out another/directory.",
-            )  # fmt: skip
+            )
         bits = ("latents", "prompt")
-        return tuple(now[key]["path"] for key in before if any(before[key][bit] != now[key][bit] for bit in bits))
+        return DataChanges(
+            encoded=tuple(now[key]["path"] for key in before if any(before[key][b] != now[key][b] for b in bits)),
+            late=frozenset(now.keys() - before.keys()),
+        )
 
     def save_data(self, data: dict[str, Any]) -> None:
         """Write the data manifest, unless the run that is here has one already."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,6 +67,10 @@ class CachedData:
 
     samples: tuple[CachedSample, ...]
     empty_prompt_key: Key
+
+    def without(self, identities: Collection[str]) -> CachedData:
+        """The data less some samples."""
+        return replace(self, samples=tuple(item for item in self.samples if item.identity not in identities))
 
     def to_json(self) -> dict[str, Any]:
         """The run's data manifest: identity and content digest of each sample."""
