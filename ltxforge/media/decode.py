@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ltxforge.media import geometry
-from ltxforge.media.supervisor import SECONDS, Refused, WorkerFault, worker
+from ltxforge.media.supervisor import SECONDS, Refused, WorkerFault, once_more, worker
 
 RESIZE = geometry.RESIZE
 _SECONDS_PER_FRAME = 0.5
@@ -46,7 +46,7 @@ def decode(path: Path, timestamps_seconds: Sequence[float], size: tuple[int, int
     if not times or times[0] < 0 or any(later < earlier for earlier, later in pairwise(times)):
         raise ValueError("timestamps must be at least one, not negative and not decreasing")
     try:
-        return worker().frames(path, times, size, SECONDS + len(times) * _SECONDS_PER_FRAME)
+        return once_more(lambda: worker().frames(path, times, size, SECONDS + len(times) * _SECONDS_PER_FRAME))
     except (Refused, WorkerFault) as error:
         raise DecodeError(error.reason, error.good) from error
 

@@ -9,7 +9,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from ltxforge.media.supervisor import SECONDS, Refused, WorkerFault, worker
+from ltxforge.media.supervisor import SECONDS, Refused, WorkerFault, once_more, worker
 
 # Raise by hand when a file could get other facts than before; remembered probes of another version are not used.
 PROBE_VERSION = 1
@@ -76,7 +76,7 @@ def probe(path: Path) -> Probe:
     """The facts of a video file. Raises ProbeError with the reason if it has no usable picture."""
     size = require_regular_file(path)
     try:
-        facts = worker().inspect(path, SECONDS + size / _BYTES_PER_SECOND)
+        facts = once_more(lambda: worker().inspect(path, SECONDS + size / _BYTES_PER_SECOND))
     except Refused as refusal:
         raise ProbeError(refusal.reason) from refusal
     except WorkerFault as fault:

@@ -15,21 +15,30 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 import ltxforge
 
+Answer = TypeVar("Answer")
 SECONDS = 60.0
+# A group of its own, so that Ctrl-C, which a terminal sends to all of a group, reaches the trainer alone.
+_OUT_OF_THE_TERMINAL: dict[str, Any] = (
+    {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == "win32" else {"process_group": 0}
+)
 
 
 class WorkerFault(Exception):
-    """The worker died or had to be killed; it says nothing certain about the file. `good` frames had arrived."""
+    """The worker died or had to be killed; it says nothing certain about the file. `good` frames had arrived.
 
-    def __init__(self, reason: str, good: int = 0) -> None:
-        self.reason, self.good = reason, good
+    `overstayed` is True where the clock ran out.
+    """
+
+    def __init__(self, reason: str, good: int = 0, overstayed: bool = False) -> None:
+        self.reason, self.good, self.overstayed = reason, good, overstayed
         super().__init__(reason)
 
 
@@ -98,7 +107,8 @@ class Supervisor:
                 good += 1
             last = head
         except (OSError, EOFError, ValueError) as error:
-            raise WorkerFault(self._cause(child, seconds if overstayed.is_set() else None), good) from error
+            late = overstayed.is_set()
+            raise WorkerFault(self._cause(child, seconds if late else None), good, late) from error
         finally:
             watchdog.cancel()
             if last is None or overstayed.is_set():
@@ -118,6 +128,7 @@ class Supervisor:
             stdout=subprocess.PIPE,
             stderr=self._messages,
             env=_environment(),
+            **_OUT_OF_THE_TERMINAL,
         )
         return self._child
 
@@ -143,6 +154,18 @@ class Supervisor:
 def worker() -> Supervisor:
     """This process's supervisor; its worker ends with the process."""
     return _SUPERVISOR
+
+
+def once_more(ask: Callable[[], Answer]) -> Answer:
+    """Ask again if the worker died, once: what kills processes (memory shortage, a service being stopped) may have
+    had nothing against the file, and a verdict must not depend on it. A file that overstayed gets no second chance.
+    """
+    try:
+        return ask()
+    except WorkerFault as fault:
+        if fault.overstayed:
+            raise
+        return ask()
 
 
 def _name(path: Path) -> str:

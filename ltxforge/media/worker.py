@@ -68,8 +68,12 @@ def _send(out: BinaryIO, head: dict[str, Any], payload: bytes = b"") -> None:
 
 
 def _limit() -> None:
-    """Bound what this process can take. Ctrl-C reaches the whole process group and is the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Bound what this process can take. Stop signals may reach a whole group or service; they are the parent's
+    business, and this process ends with its input.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     av.logging.set_level(None)
     if resource is None:
         return
