@@ -1,0 +1,67 @@
+"""Killed with SIGKILL at chosen moments: nothing to repair, the same bits. Random ones: `test_sweeps.py`."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+KILLED = -signal.SIGKILL
+
+
+def kill_at(**event):
+    return {"at": event, "signal": signal.SIGKILL}
+
+
+@pytest.mark.parametrize(
+    ("event", "goes_on_from"),
+    [
+        ({"event": "StepDone", "step": 2}, 0),
+        ({"event": "StepDone", "step": 9}, 6),  # before its checkpoint
+        ({"event": "CheckpointSaved", "step": 9}, 9),
+        ({"event": "PhaseAdvanced", "phase": "validate", "done": 1}, 6),  # in the sample of step 8
+    ],
+)
+def test_a_kill_changes_nothing(event, goes_on_from, work, reference):
+    work.run(code=KILLED, signal_at=kill_at(**event))
+    resumed = work.run()
+    assert (f"resumed     after step {goes_on_from}," in resumed.text) == bool(goes_on_from)
+    reference.require(work.out())
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(work, reference):
+    work.run(code=KILLED, die_in=["checkpoint.py:save", 25])
+    assert work.steps() == [] and list((work.out() / "checkpoints").glob(".step-000003.partial-*"))
+    work.run(code=KILLED, signal_at=kill_at(event="StepDone", step=5))
+    assert work.steps() == [3] and not list((work.out() / "checkpoints").glob(".*"))
+    work.run(code=KILLED, die_in=["checkpoint.py:save", 25])
+    assert work.steps() == [3]
+    work.run()
+    reference.require(work.out())
+
+
+def test_an_interrupted_caching_goes_on_where_it_stopped(fresh, reference):
+    fresh.run(code=KILLED, signal_at=kill_at(event="PhaseAdvanced", phase="latents", done=3))
+    before = entries(fresh.folder / "cache")
+    assert len([path for path in before if "latents" in path]) == 3 and any("prompts" in path for path in before)
+    fresh.run()
+    after = entries(fresh.folder / "cache")
+    assert {path: after[path] for path in before} == before, "a finished entry was made again"
+    assert len([path for path in after if "latents" in path]) == 7
+    reference.require(fresh.out())
+
+
+def entries(cache):
+    """Every entry's inode and time of writing."""
+    found = [path for kind in ("latents", "prompts") for path in (cache / kind).rglob("*.safetensors")]
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+
+
+def test_leftovers_of_kills_are_swept(work):
+    """Partial files of a killed process go at the next start, wherever in the run directory they lie."""
+    work.run(code=143, signal_at={"at": {"event": "StepDone", "step": 9}, "signal": signal.SIGTERM})
+    for folder in ("", "checkpoints", "samples/step-000008"):
+        (work.out() / folder / ".lora.safetensors.partial-12345").write_bytes(b"half")
+    (work.out() / "mine.partial-1").write_bytes(b"a user's file")
+    work.run()
+    assert not list(work.out().rglob(".*")) and (work.out() / "mine.partial-1").exists()
