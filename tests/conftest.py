@@ -78,3 +78,19 @@ def tiny_plan(tmp_path: Path) -> planning.Plan:
 def plan_maker(tmp_path: Path) -> Callable[..., planning.Plan]:
     """`make_plan` in a fresh folder, for tests that change parts."""
     return lambda *arguments, **changes: make_plan(tmp_path, *arguments, **changes)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests counted (`record_property("count", text)`), so that figures can be quoted from any run."""
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    counts = [
+        text
+        for report in reports
+        if getattr(report, "when", "") == "call"
+        for name, text in report.user_properties
+        if name == "count"
+    ]
+    if counts:
+        terminalreporter.section("counts")
+        for text in sorted(counts):
+            terminalreporter.write_line(text)

@@ -352,6 +352,21 @@ def finished(work: Work, reference: Reference) -> Work:
 
 
 @pytest.fixture
+def clean(tmp_path: Path, clips: Path, two_servers: list[Server]) -> Iterator[Work]:
+    """A folder with a recipe and an empty cache; processes that follow each other have different hash seeds."""
+    work = make_work(tmp_path, clips, two_servers)
+    yield work
+    work.end()
+
+
+@pytest.fixture
+def primed(clean: Work, reference: Reference) -> Work:
+    """The same with a filled cache."""
+    shutil.copytree(reference.folder / "cache", clean.folder / "cache")
+    return clean
+
+
+@pytest.fixture
 def count(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Adds a line to the counts that are printed at the end of the tests."""
+    """Adds a line to the counts that `tests/conftest.py` prints at the end."""
     return lambda text: record_property("count", text)

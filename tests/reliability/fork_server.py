@@ -57,7 +57,7 @@ class SignallingLog(EventLog):
 
 
 FILE_CALLS = {
-    builtins.open, io.open, io.open_code, os.open, os.mkdir, os.rename, os.replace, os.rmdir, os.unlink, os.remove,
+    builtins.open, io.open, os.open, os.mkdir, os.rename, os.replace, os.rmdir, os.unlink, os.remove,
     os.fsync, os.scandir, os.stat, os.lstat,
 }  # fmt: skip
 FILE_METHODS = {"write", "truncate", "flush", "close"}

@@ -23,8 +23,8 @@ def kill_at(**event):
     ],
 )
 def test_a_kill_changes_nothing(event, goes_on_from, work, reference):
-    work.run(code=KILLED, signal_at=kill_at(**event))
-    resumed = work.run()
+    work.run("validation.every=8", code=KILLED, signal_at=kill_at(**event))
+    resumed = work.run("validation.every=8")
     assert (f"resumed     after step {goes_on_from}," in resumed.text) == bool(goes_on_from)
     reference.require(work.out())
 
@@ -59,7 +59,8 @@ def entries(cache):
 
 def test_leftovers_of_kills_are_swept(work):
     """Partial files of a killed process go at the next start, wherever in the run directory they lie."""
-    work.run(code=143, signal_at={"at": {"event": "StepDone", "step": 9}, "signal": signal.SIGTERM})
+    stop = {"at": {"event": "StepDone", "step": 9}, "signal": signal.SIGTERM}
+    work.run("validation.every=8", code=143, signal_at=stop)
     for folder in ("", "checkpoints", "samples/step-000008"):
         (work.out() / folder / ".lora.safetensors.partial-12345").write_bytes(b"half")
     (work.out() / "mine.partial-1").write_bytes(b"a user's file")

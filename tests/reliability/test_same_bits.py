@@ -14,8 +14,8 @@ import pytest
 @pytest.mark.parametrize(
     "sets",
     [
-        ["validation.every=0"],
-        ["validation.every=3", "validation.at_start=true", "validation.guidance=3"],
+        ["validation.every=8"],
+        ["validation.every=5", "validation.at_start=true", "validation.guidance=3"],
         ["checkpoint.every=1", "checkpoint.keep=2"],
         ["memory.checkpointing=true"],
         ["memory.checkpointing=2"],
