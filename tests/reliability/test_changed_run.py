@@ -93,7 +93,7 @@ def test_another_recipe_or_other_data_is_refused_by_name(change, fields, finishe
     [
         ["run.steps=12", "checkpoint.every=2", "checkpoint.keep=5"],
         ["validation.every=6", "validation.seed=3", "validation.at_start=true"],
-        ["lora.save_precision=bf16", "run.max_rejected=0.5"],
+        pytest.param(["lora.save_precision=bf16", "run.max_rejected=0.5"], marks=pytest.mark.sweep),
     ],
 )
 def test_free_fields_may_change(change, work, reference):
@@ -111,6 +111,7 @@ def test_more_steps_continue_a_finished_run(work):
     assert work.outcome("raised", step=8) == work.outcome("whole", step=8)
 
 
+@pytest.mark.sweep
 def test_raised_steps_keep_the_schedule_that_the_run_began_with(work):
     work.run("run.steps=6", out="once")
     work.run("run.steps=6", out="twice")

@@ -42,11 +42,11 @@ def empty_folder(path):
     ("damage", "name"),
     [
         (flip, "adapter.safetensors"),
-        (blank, "optimizer.safetensors"),
-        (cut, "lora.safetensors"),
-        (delete, "adapter.safetensors"),
+        pytest.param(blank, "optimizer.safetensors", marks=pytest.mark.sweep),
+        pytest.param(cut, "lora.safetensors", marks=pytest.mark.sweep),
+        pytest.param(delete, "adapter.safetensors", marks=pytest.mark.sweep),
         (flip, "manifest.json"),
-        (empty_folder, "manifest.json"),
+        pytest.param(empty_folder, "manifest.json", marks=pytest.mark.sweep),
     ],
 )
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(damage, name, work, reference):
@@ -118,8 +118,19 @@ def test_a_torn_line_in_the_log_costs_that_line_alone(work, reference):
     reference.require(work.out())
 
 
-@pytest.mark.parametrize("kind", ["latents", "prompts"])
-@pytest.mark.parametrize("damage", [flip, cut, blank, delete, "another's content"])
+@pytest.mark.parametrize(
+    ("damage", "kind"),
+    [
+        (flip, "latents"),
+        ("another's content", "latents"),
+        (delete, "prompts"),
+        *(
+            pytest.param(damage, kind, marks=pytest.mark.sweep)
+            for damage, kind in [(cut, "latents"), (blank, "latents"), (delete, "latents"), (flip, "prompts")]
+        ),
+        *(pytest.param(damage, "prompts", marks=pytest.mark.sweep) for damage in (cut, blank, "another's content")),
+    ],
+)
 def test_a_damaged_cache_entry_is_made_again(damage, kind, work, reference):
     work.run(code=143, signal_at=STOP_AT_4)
     entries = sorted((work.folder / "cache" / kind).rglob("*.safetensors"))

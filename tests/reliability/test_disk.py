@@ -33,7 +33,7 @@ def fill(disk: Path, leave: int) -> Path:
     return ballast
 
 
-@pytest.mark.parametrize("leave", [0, 60_000, 250_000, 420_000])
+@pytest.mark.parametrize("leave", [60_000, *(pytest.param(n, marks=pytest.mark.sweep) for n in (0, 250_000, 420_000))])
 def test_a_full_disk_costs_nothing_that_was_saved(leave, small_disk, work, reference):
     """Full from step 7 on, with room for none, some or most of a checkpoint; then there is space again."""
     run = small_disk / "run"
@@ -50,7 +50,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(leave, small_disk, work, refer
     reference.require(run)
 
 
-@pytest.mark.parametrize("leave", [0, 8_000, 40_000])
+@pytest.mark.parametrize("leave", [8_000, *(pytest.param(n, marks=pytest.mark.sweep) for n in (0, 40_000))])
 def test_a_full_disk_while_caching(leave, small_disk, fresh, reference):
     stand_still = {"at": {"event": "PhaseStarted", "phase": "prompts"}, "signal": signal.SIGSTOP}
     cache = f'cache.directory="{small_disk / "cache"}"'
@@ -74,7 +74,10 @@ def test_a_full_disk_at_the_start(small_disk, work, reference):
     reference.require(small_disk / "run")
 
 
-@pytest.mark.parametrize("place", ["run", "run/checkpoints", "run/plan.json", "cache/latents", "run/samples"])
+@pytest.mark.parametrize(
+    "place",
+    ["run", "run/plan.json", *(pytest.param(p, marks=pytest.mark.sweep) for p in ("run/checkpoints", "cache/latents"))],
+)
 def test_something_in_the_way_is_named(place, fresh, reference):
     """A file where a folder should be, or a folder where a file should be."""
     path = fresh.folder / place

@@ -16,9 +16,9 @@ def kill_at(**event):
 @pytest.mark.parametrize(
     ("event", "goes_on_from"),
     [
-        ({"event": "StepDone", "step": 2}, 0),
+        pytest.param({"event": "StepDone", "step": 2}, 0, marks=pytest.mark.sweep),
         ({"event": "StepDone", "step": 9}, 6),  # before its checkpoint
-        ({"event": "CheckpointSaved", "step": 9}, 9),
+        pytest.param({"event": "CheckpointSaved", "step": 9}, 9, marks=pytest.mark.sweep),
         ({"event": "PhaseAdvanced", "phase": "validate", "done": 1}, 6),  # in the sample of step 8
     ],
 )

@@ -14,11 +14,11 @@ import pytest
 @pytest.mark.parametrize(
     "sets",
     [
-        ["validation.every=8"],
+        pytest.param(["validation.every=8"], marks=pytest.mark.sweep),
         ["validation.every=5", "validation.at_start=true", "validation.guidance=3"],
-        ["checkpoint.every=1", "checkpoint.keep=2"],
         ["memory.checkpointing=true"],
-        ["memory.checkpointing=2"],
+        pytest.param(["checkpoint.every=1", "checkpoint.keep=2"], marks=pytest.mark.sweep),
+        pytest.param(["memory.checkpointing=2"], marks=pytest.mark.sweep),
     ],
 )
 def test_what_surrounds_training_changes_no_bit(sets, work, reference):
@@ -51,6 +51,7 @@ def drain(descriptor: int, into: bytearray) -> None:
         pass
 
 
+@pytest.mark.sweep
 def test_the_built_in_clips_stopped_and_resumed(fresh):
     """The quickstart's data: rendered, cached, stopped, resumed, compared with a run that was not stopped."""
     fresh.change('path = "clips"', 'path = "builtin/shapes"')

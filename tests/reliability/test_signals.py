@@ -27,6 +27,7 @@ PHASES = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("event", PHASES, ids=lambda event: "-".join(map(str, event.values())))
 def test_a_stop_in_any_phase(event, fresh, reference):
     stopped = fresh.run("validation.at_start=true", code=143, signal_at={"at": event, "signal": signal.SIGTERM})
@@ -43,8 +44,15 @@ def test_a_second_signal_means_now(work, reference):
     reference.require(work.out())
 
 
-@pytest.mark.parametrize("phase", ["scan", "latents"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "service-stop"])
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [
+        ("latents", signal.SIGINT),
+        ("scan", signal.SIGTERM),
+        pytest.param("scan", signal.SIGINT, marks=pytest.mark.sweep),
+        pytest.param("latents", signal.SIGTERM, marks=pytest.mark.sweep),
+    ],
+)
 def test_a_signal_to_the_whole_group_spares_the_clip_at_work(phase, number, fresh, reference):
     """As a terminal sends Ctrl-C and a service manager SIGTERM: to the media worker too."""
     at = {"event": "PhaseAdvanced", "phase": phase, "done": 1}
