@@ -59,10 +59,13 @@ def entries(cache):
 
 def test_leftovers_of_kills_are_swept(work):
     """Partial files of a killed process go at the next start, wherever in the run directory they lie."""
-    stop = {"at": {"event": "StepDone", "step": 9}, "signal": signal.SIGTERM}
-    work.run("validation.every=8", code=143, signal_at=stop)
+    at_10 = {"at": {"event": "StepDone", "step": 10}, "signal": signal.SIGTERM}
+    work.run("validation.every=8", code=143, signal_at=at_10)
+    work.run(code=KILLED, die_in=["checkpoint.py:save", 25])
+    [left] = (work.out() / "checkpoints").glob(".*")
+    suffix = left.name.split(".partial-")[1]
     for folder in ("", "checkpoints", "samples/step-000008"):
-        (work.out() / folder / ".lora.safetensors.partial-12345").write_bytes(b"half")
+        (work.out() / folder / f".lora.safetensors.partial-{suffix}").write_bytes(b"half")
     (work.out() / "mine.partial-1").write_bytes(b"a user's file")
     work.run()
     assert not list(work.out().rglob(".*")) and (work.out() / "mine.partial-1").exists()
