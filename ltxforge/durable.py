@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 import time
@@ -23,6 +24,7 @@ from typing import Any
 from ltxforge.errors import DiskFullError, RunError
 
 MANIFEST = "manifest.json"
+_LEFTOVER = re.compile(r"\.(partial|trash)-\d+-[0-9a-f]{8}$")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 # Windows keeps these names for devices, in any folder and with any extension.
 _RESERVED = {"con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)}
@@ -44,7 +46,7 @@ def inside(root: Path, *parts: str) -> Path:
 def write_file(path: Path, content: bytes | str) -> None:
     """Replace `path` with `content`, so that a reader sees the old file or the new one and nothing in between."""
     data = content.encode() if isinstance(content, str) else content
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = _beside(path, "partial")
     with _disk_full_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -75,7 +77,7 @@ def commit_file(partial: Path, path: Path) -> None:
 @contextlib.contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
     """Yield a partial name beside `path` for others to write to; afterwards it gets its final name, or is removed."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = _beside(path, "partial")
     with _disk_full_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -97,9 +99,8 @@ def staged_folder(final: Path, facts: dict[str, Any]) -> Iterator[Path]:
     Yields:
         The staging folder. On any exception it is removed and `final` never appears.
     """
-    staging = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    staging = _beside(final, "partial")
     with _disk_full_told(final):
-        shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         try:
             yield staging
@@ -137,8 +138,7 @@ def verify_folder(folder: Path) -> tuple[dict[str, Any], str]:
 
 def retire(path: Path) -> None:
     """Remove a file or folder of ours in two steps, so that an interrupted removal leaves no half folder behind."""
-    trash = path.with_name(f".{path.name}.trash-{os.getpid()}")
-    shutil.rmtree(trash, ignore_errors=True)
+    trash = _beside(path, "trash")
     path.replace(trash)
     if trash.is_dir():
         shutil.rmtree(trash, ignore_errors=True)
@@ -154,8 +154,14 @@ def sweep_leftovers(folder: Path, older_than_seconds: float = 0.0) -> None:
     """
     latest = time.time() - older_than_seconds
     for path in folder.glob(".*"):
-        if re.search(r"\.(partial|trash)-\d+$", path.name) and path.lstat().st_mtime <= latest:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # its owner lives and was faster
+            if _LEFTOVER.search(path.name) and path.lstat().st_mtime <= latest:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """A hidden name in the same folder that no other writer takes: containers that share a disk share their pids."""
+    return path.with_name(f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def file_digest(path: Path) -> str:
@@ -198,6 +204,7 @@ def faults_told(folder: Path) -> Iterator[None]:
         if not error.errno or isinstance(error, BrokenPipeError):
             raise
         named = error.filename2 or error.filename
+        named = named if isinstance(named, (str, bytes)) else None
         raise RunError(
             os.strerror(error.errno).lower(), where=str(folder if named is None else Path(os.fsdecode(named))),
             remedy="Nothing saved before was touched. Mend this, or choose another place, and start the same command"

@@ -7,12 +7,17 @@
     ├── HubError           the Hugging Face Hub cannot be reached, or refuses
     ├── DataError          clips or cache entries that must not be trained on
     ├── RunError           the run directory belongs to another run, is in use, or holds nothing to resume
+    ├── DeviceFullError    the device has too little memory for this plan; what was saved before is whole
     ├── DiskFullError      no space left; nothing already saved was touched
     ├── NonFiniteError     loss or gradient became NaN or infinite; the weights were not changed
     └── Stopped            a signal asked to stop; not a fault
 
 `assert` is for our own mistakes, never for a user's.
 """
+
+from __future__ import annotations
+
+from ltxforge.printable import printable
 
 
 class LtxforgeError(Exception):
@@ -25,9 +30,10 @@ class LtxforgeError(Exception):
         super().__init__(self.render())
 
     def render(self) -> str:
-        """The message as printed: `where: what`, then the remedy on a line of its own."""
+        """The message as printed: `where: what`, then the remedy on a line of its own; control characters escaped."""
         head = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{head}\n  {self.remedy}" if self.remedy else head
+        text = f"{head}\n  {self.remedy}" if self.remedy else head
+        return "\n".join(map(printable, text.split("\n")))
 
 
 class RecipeError(LtxforgeError):
@@ -68,6 +74,12 @@ class RunError(LtxforgeError):
     """The run directory cannot be used as asked."""
 
     exit_code = 73
+
+
+class DeviceFullError(LtxforgeError):
+    """The device has too little memory. The last checkpoint is whole and the run can be resumed."""
+
+    exit_code = 71
 
 
 class DiskFullError(LtxforgeError):

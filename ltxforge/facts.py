@@ -38,6 +38,11 @@ class Places:
     run: Path
     cache: Path
 
+    @property
+    def memo(self) -> Path:
+        """Where facts about files are remembered."""
+        return self.cache / "memo"
+
 
 def places(parsed: Parsed, out: Path | None) -> Places:
     """The run and cache directories: --out, else the recipe's, else `runs/<recipe name>` and `cache` here."""
@@ -59,9 +64,9 @@ def gather(parsed: Parsed, where: Places, previous: Plan | None, emit: Emit, sto
             missing.append(error)
             return None
 
-    model = attempt(lambda: _model(recipe, where.cache))
+    model = attempt(lambda: _model(recipe, where.memo))
     spec = spec_of(model) if model else None
-    clips = [(d, attempt(lambda d=d: _clips(d, spec, where.cache, emit, stop))) for d in recipe.dataset if d.enabled]
+    clips = [(d, attempt(lambda d=d: _clips(d, spec, where, emit, stop))) for d in recipe.dataset if d.enabled]
     library = attempt(lambda: _library(recipe))
     _require_images(recipe, library or [], missing)
     if missing or model is None or spec is None:
@@ -70,7 +75,8 @@ def gather(parsed: Parsed, where: Places, previous: Plan | None, emit: Emit, sto
     enforce_max_rejected([clip for _, judged in found for clip in judged], recipe.run.max_rejected)
     return Facts(
         name=where.name, directory=str(where.run), cache_directory=str(where.cache), hardware=hardware.detect(),
-        model=model, spec=spec, clips=found, library=library or [], said=parsed.said, warnings=parsed.warnings,
+        model=model, spec=spec, clips=found, library=library or [], said=parsed.said,
+        overridden=parsed.overridden, warnings=parsed.warnings,
         previous=previous,
     )  # fmt: skip
 
@@ -80,22 +86,23 @@ def _all_at_once(missing: list[LtxforgeError]) -> PlanError:
     return PlanError(f"{len(missing)} things are missing:\n{lines}")
 
 
-def _model(recipe: Recipe, cache: Path) -> ModelPlan:
+def _model(recipe: Recipe, memo: Path) -> ModelPlan:
     model = recipe.model
     return plan_model(
         base=model.base, version=model.version, rope=model.rope, transformer=model.transformer, vae=model.vae,
-        text_encoder=model.text_encoder, memo_directory=cache / "memo",
+        text_encoder=model.text_encoder, memo_directory=memo,
     )  # fmt: skip
 
 
-def _clips(dataset: Dataset, spec: ModelSpec | None, cache: Path, emit: Emit, stop: StopRequest) -> list[Clip]:
-    folder = demo.render(cache / "builtin" / "shapes") if dataset.path == DEMO_CLIPS else Path(dataset.path)
+def _clips(dataset: Dataset, spec: ModelSpec | None, where: Places, emit: Emit, stop: StopRequest) -> list[Clip]:
+    is_demo = dataset.path == DEMO_CLIPS
+    folder = demo.render(where.cache / "builtin" / "shapes") if is_demo else Path(dataset.path)
     return scan(
         folder.expanduser(), dataset_id=dataset_id(dataset), resolution=parse_size(dataset.resolution),
         frames=dataset.frames, fps=dataset.fps or (spec.default_fps if spec else 25.0), windows=dataset.windows,
         buckets=dataset.buckets, max_upscale=dataset.max_upscale,
         factors=(spec.spatial_factor, spec.temporal_factor) if spec else (32, 8),
-        emit=emit, stop=stop, memo_directory=cache / "memo",
+        emit=emit, stop=stop, memo_directory=where.memo, leave_out=(where.run, where.cache),
     )  # fmt: skip
 
 

@@ -26,6 +26,18 @@ class Hardware:
     threads: int
     versions: dict[str, str]
     missing: tuple[str, ...]
+    packages: frozenset[str]
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start counting the device's memory anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that tensors took on the device since `reset_peak`; 0 where the device does not count."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def torch_device(kind: str) -> torch.device:
@@ -38,7 +50,7 @@ def detect() -> Hardware:
     kind, name, capability, memory, has_bf16 = _device()
     return Hardware(
         kind=kind, name=name, capability=capability, memory_bytes=memory, has_bf16=has_bf16,
-        threads=torch.get_num_threads(), versions=_versions(), missing=_missing(kind),
+        threads=torch.get_num_threads(), versions=_versions(), missing=_missing(kind), packages=_packages(),
     )  # fmt: skip
 
 
@@ -73,6 +85,9 @@ def _missing(kind: str) -> tuple[str, ...]:
         lines.append("no GPU: computes on the CPU in fp32, which is only meant for tiny models and tests")
     if kind == "mps":
         lines.append("Apple GPU: no Triton, bitsandbytes or SageAttention; plain PyTorch is used")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        lines.append("bitsandbytes is not installed: adamw-8bit is not available")
     return tuple(lines)
+
+
+def _packages() -> frozenset[str]:
+    """Which of the packages that not every platform has are installed."""
+    return frozenset(name for name in ("bitsandbytes", "triton", "sageattention") if importlib.util.find_spec(name))

@@ -6,6 +6,7 @@ The lock file names its owner (pid, host, start time) for the message that a sec
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import socket
@@ -41,9 +42,15 @@ class RunLock:
         file = self.path.open("a+", encoding="utf-8")
         try:
             _try_lock(file)
-        except OSError:
+        except OSError as error:
             owner = self._owner(file)
             file.close()
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise RunError(
+                    f"this file system cannot lock files ({error.strerror})",
+                    where=str(self.path.parent),
+                    remedy="Put the run directory on a local disk with --out.",
+                ) from error
             raise RunError(
                 f"another ltxforge is using this run directory: {owner}",
                 where=str(self.path.parent),

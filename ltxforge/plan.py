@@ -186,9 +186,9 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Gradient checkpointing: 0 off, n every n-th block."""
+    """Gradient checkpointing: 0 off, n every n-th block. It changes no bit of a gradient, so it may change."""
 
-    checkpointing: int
+    checkpointing: int = free()
 
 
 @dataclass(frozen=True)
@@ -286,9 +286,10 @@ class Plan:
 def learning_rate_at(optimizer: OptimizerPlan, step: int) -> float:
     """Warm-up, then the schedule, as a pure function of the update's number (from 1).
 
-    Warm-up is linear and reaches the full rate at update `warmup_steps`. After it, with progress p in [0, 1] over the
-    remaining `decay_steps`: constant 1; linear 1 − p; cosine (1 + cos πp)/2; polynomial (1 − p)^power; each blended
-    with `end_fraction` as f = end + (1 − end)·shape. Beyond `decay_steps` the end value holds.
+    Warm-up is linear and reaches the full rate at update `warmup_steps`. After it, with progress p = n / N before the
+    n-th (from 0) of the N updates that remain up to `decay_steps`: constant 1; linear 1 − p; cosine (1 + cos πp)/2;
+    polynomial (1 − p)^power; each blended with `end_fraction` as f = end + (1 − end)·shape. So the first of them has
+    the full rate and the last is not wasted at the end's; beyond `decay_steps` the end value holds.
     """
     rate = optimizer.learning_rate
     if step <= optimizer.warmup_steps:
@@ -296,7 +297,7 @@ def learning_rate_at(optimizer: OptimizerPlan, step: int) -> float:
     if optimizer.schedule == "constant":
         return rate
     span = max(1, optimizer.decay_steps - optimizer.warmup_steps)
-    progress = min(1.0, (step - optimizer.warmup_steps) / span)
+    progress = min(1.0, (step - 1 - optimizer.warmup_steps) / span)
     shape = {
         "linear": 1 - progress,
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ltxforge.errors import PlanError
-from ltxforge.lora.targets import match
+from ltxforge.lora.targets import match, unread
 from ltxforge.plan import (
     BucketPlan,
     CachePlan,
@@ -47,8 +47,9 @@ if TYPE_CHECKING:
 class Facts:
     """What the planner is told about the world.
 
-    `clips` holds each enabled dataset's scan, in the recipe's order; `said` the dotted keys that the user wrote;
-    `previous` the plan of the run that is being continued, if it has a checkpoint.
+    `clips` holds each enabled dataset's scan, in the recipe's order; `said` the dotted keys that the user wrote,
+    `overridden` those of them that came with --set; `previous` the plan of the run that is continued, if it has a
+    checkpoint.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Facts:
     clips: Sequence[tuple[Dataset, Sequence[Clip]]]
     library: Sequence[PromptEntry] = ()
     said: frozenset[str] = frozenset()
+    overridden: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
     previous: Plan | None = None
 
@@ -78,7 +80,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         steps=steps,
         steps_per_epoch=per_epoch,
         model=facts.model,
-        device=_device(recipe, facts.hardware),
+        device=_device(recipe, facts.hardware, facts.previous),
         data=data,
         cache=CachePlan(facts.cache_directory, recipe.cache.latents),
         flow=_flow(recipe),
@@ -86,9 +88,9 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
             recipe.conditioning.first_frame, recipe.conditioning.caption_dropout, prompt_tokens
         ),
         lora=lora,
-        optimizer=_optimizer(recipe, steps, facts.previous),
+        optimizer=_optimizer(recipe, facts.hardware, steps, facts.previous),
         training=_training(recipe),
-        memory=_memory(recipe, facts.hardware),
+        memory=MemoryPlan(_checkpointing(recipe, facts.hardware)),
         checkpoint=CheckpointPlan(every, recipe.checkpoint.keep),
         validation=_validation(recipe, facts, every),
         directory=facts.directory,
@@ -132,9 +134,15 @@ def _data(recipe: Recipe, facts: Facts) -> DataPlan:
     return DataPlan(tuple(samples), buckets, recipe.run.max_rejected)
 
 
-def _device(recipe: Recipe, hardware: Hardware) -> DevicePlan:
-    precision = recipe.training.precision or ("bf16" if hardware.has_bf16 else "fp32")
-    if hardware.kind == "cpu":
+def _device(recipe: Recipe, hardware: Hardware, previous: Plan | None) -> DevicePlan:
+    """A run that goes on elsewhere keeps its precision, unless the recipe says another."""
+    usual = "bf16" if hardware.has_bf16 else "fp32"
+    precision = recipe.training.precision or (previous.device.precision if previous else usual)
+    if previous is not None and (changes := _changes(previous, hardware)):
+        exactness, reason = "statistical", f"another machine than before: {'; '.join(changes)}"
+    elif previous is not None and previous.device.exactness == "statistical":
+        exactness, reason = "statistical", previous.device.exactness_reason
+    elif hardware.kind == "cpu":
         exactness, reason = "exact", "every operation of PyTorch used here adds in a fixed order on the CPU"
     else:
         exactness, reason = (
@@ -165,9 +173,14 @@ def _lora(recipe: Recipe) -> LoraPlan:
     )  # fmt: skip
 
 
-def _optimizer(recipe: Recipe, steps: int, previous: Plan | None) -> OptimizerPlan:
+def _optimizer(recipe: Recipe, hardware: Hardware, steps: int, previous: Plan | None) -> OptimizerPlan:
     """The schedule's length is fixed when the run is first planned: raising `steps` later only lengthens its end."""
     optimizer = recipe.optimizer
+    if optimizer.name == "adamw-8bit" and "bitsandbytes" not in hardware.packages:
+        raise PlanError(
+            'optimizer.name = "adamw-8bit" needs the package bitsandbytes, which is not installed',
+            remedy='pip install bitsandbytes (it has no build for macOS), or set optimizer.name = "adamw".',
+        )
     warmup, decay_steps = optimizer.warmup_steps, steps
     if warmup is None:
         warmup = min(100, steps // 20)
@@ -196,9 +209,19 @@ def _training(recipe: Recipe) -> TrainingPlan:
     return TrainingPlan(training.batch_size, training.accumulate, norm, training.clip_value)
 
 
-def _memory(recipe: Recipe, hardware: Hardware) -> MemoryPlan:
-    said = recipe.memory.checkpointing
-    return MemoryPlan(int(hardware.kind != "cpu") if said is None else int(said))
+def _checkpointing(recipe: Recipe, hardware: Hardware) -> int:
+    """On for GPUs by default. On Apple's, torch does not put the device's random state back before it recomputes, so
+    dropout would draw another mask there and the gradients would be silently wrong.
+    """
+    said, dropout = recipe.memory.checkpointing, recipe.lora.dropout > 0
+    if hardware.kind == "mps" and dropout:
+        if said:
+            raise PlanError(
+                "lora.dropout with memory.checkpointing gives wrong gradients on Apple GPUs",
+                remedy="Set memory.checkpointing = false or lora.dropout = 0.",
+            )
+        return 0
+    return int(hardware.kind != "cpu") if said is None else int(said)
 
 
 def _validation(recipe: Recipe, facts: Facts, save_every: int) -> ValidationPlan:
@@ -246,12 +269,20 @@ def _estimates(recipe: Recipe, facts: Facts, data: DataPlan, lora: LoraPlan, pro
         cache_bytes=latents + captions * prompt_tokens * facts.spec.caption_channels * text_bytes,
         checkpoint_bytes=parameters * (4 + moments) + lora_bytes,
         lora_bytes=lora_bytes,
-        download_bytes=sum(part.bytes for part in facts.model.components.values() if not part.location),
+        download_bytes=_download_bytes(facts.model),
     )
+
+
+def _download_bytes(model: ModelPlan) -> int:
+    """What is not here yet; parts that lie in one file are one download."""
+    absent = [part for part in model.components.values() if not part.location]
+    return sum({(part.repository, part.revision, part.inside): part.bytes for part in absent}.values())
 
 
 def _notes(recipe: Recipe, facts: Facts, data: DataPlan, steps: int) -> tuple[str, ...]:
     notes = [*facts.warnings, *facts.hardware.missing]
+    layers = match(recipe.lora.targets, facts.spec).layers
+    notes += [f"the LoRA file's {layer} is not read by {why}" for layer, why in unread(layers).items()]
     whole = recipe.training.batch_size * recipe.training.accumulate
     for bucket in data.buckets:
         if bucket.samples < recipe.training.batch_size:
@@ -290,21 +321,25 @@ _OTHER_ORIGINS = {
 
 
 def _origins(recipe: Recipe, facts: Facts) -> dict[str, str]:
-    """Dotted recipe key → "recipe", "default", or the fact that decided it."""
+    """Dotted recipe key → "recipe", "--set", "default", or the fact that decided it."""
     origins: dict[str, str] = {}
     for section, model in recipe:
         if isinstance(model, list):
             continue
         for key in type(model).model_fields:
             name = f"{section}.{key}"
-            origins[name] = "recipe" if name in facts.said else _OTHER_ORIGINS.get(name, "default")
+            origins[name] = (
+                "--set" if name in facts.overridden
+                else "recipe" if name in facts.said
+                else _OTHER_ORIGINS.get(name, "default")
+            )  # fmt: skip
     return origins
 
 
-def changed_machine(saved: Plan, plan: Plan) -> list[str]:
+def _changes(saved: Plan, hardware: Hardware) -> list[str]:
     """What differs, in words, between the machines and versions of two attempts: any of it may change bits."""
     before = {**saved.device.versions, "device": f"{saved.device.kind} {saved.device.name}".strip()}
-    now = {**plan.device.versions, "device": f"{plan.device.kind} {plan.device.name}".strip()}
+    now = {**hardware.versions, "device": f"{hardware.kind} {hardware.name}".strip()}
     harmless = {"ltxforge", "python"}
     return [
         f"{name} was {before.get(name, 'unknown')}, now {now.get(name, 'unknown')}"

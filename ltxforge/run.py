@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from ltxforge import __version__
 from ltxforge.checkpoint import Checkpoints
@@ -16,7 +20,7 @@ from ltxforge.dataset.batches import Batches
 from ltxforge.dataset.cache import Cache
 from ltxforge.distributed import refuse_several_processes
 from ltxforge.durable import faults_told
-from ltxforge.errors import RunError, Stopped
+from ltxforge.errors import DeviceFullError, LtxforgeError, RunError, Stopped
 from ltxforge.events import (
     CheckpointSaved,
     Emit,
@@ -41,16 +45,17 @@ from ltxforge.models.load import load_model
 from ltxforge.models.sources import fetch
 from ltxforge.optim import Optimizer
 from ltxforge.plan import Plan, to_json
-from ltxforge.planner import changed_machine, make_plan
+from ltxforge.planner import make_plan
 from ltxforge.recipe.parse import Parsed, load
 from ltxforge.run_directory import RunDirectory
 from ltxforge.signals import StopRequest
-from ltxforge.trackers.jsonl import EventLog
+from ltxforge.trackers.jsonl import EventLog, last_per_step, read_events
 from ltxforge.trainer import train
 from ltxforge.ui.dispatch import Dispatcher
 from ltxforge.ui.loss_curve import draw
 from ltxforge.ui.plan_table import plan_table
 from ltxforge.ui.screen import Screen
+from ltxforge.ui.text import duration
 from ltxforge.validation.sample import validate
 
 
@@ -65,6 +70,7 @@ def run(recipe: Path, overrides: Sequence[str], out: Path | None, screen: Screen
         RunLock(where.run),
         EventLog(where.run / "events.jsonl") as log,
         Dispatcher([screen, log]) as emit,
+        failures_logged(log),
     ):
         plan = settle_plan(parsed, where, screen, emit, stop)
         model = load_model(plan.model, torch_device(plan.device.kind), DTYPES[plan.device.precision])
@@ -85,7 +91,37 @@ def plan_only(recipe: Path, overrides: Sequence[str], out: Path | None, screen: 
         show_plan(plan, screen)
         if saved is not None:
             home.require_same_run(saved, plan)
-            emit(Note(f"this run is at step {Checkpoints(where.run, keep=2).steps()[-1]}; `run` continues it"))
+            done = Checkpoints(where.run, keep=2).steps()[-1]
+            emit(Note(f"this run is at step {done}; `run` continues it{_time_left(home, plan.steps - done)}"))
+
+
+def _time_left(home: RunDirectory, steps: int) -> str:
+    """How long the remaining steps take at the pace of those that the run has made."""
+    seconds = [event["seconds"]["step"] for event in last_per_step(read_events(home.events)).values()]
+    if not steps or not seconds:
+        return ""
+    pace = statistics.median(seconds)
+    return f": {steps} steps at {pace:.2f} s as until now take {duration(steps * pace)}, saving and samples apart"
+
+
+@contextlib.contextmanager
+def failures_logged(log: EventLog) -> Iterator[None]:
+    """What ends the run stands in its log too; the device's want of memory becomes an error with ways out."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except LtxforgeError as error:
+        log(Note(str(error), "error"))
+        raise
+    except torch.OutOfMemoryError as error:
+        told = DeviceFullError(
+            f"the device has too little memory: {str(error).splitlines()[0]}",
+            remedy="The last checkpoint is whole. memory.checkpointing = true may be set at any time; in a new run,"
+            " lower resolution, frames, batch_size or rank, or leave validation out, help too.",
+        )
+        log(Note(str(told), "error"))
+        raise told from error
 
 
 def settle_plan(parsed: Parsed, where: Places, screen: Screen, emit: Emit, stop: StopRequest) -> Plan:
@@ -101,11 +137,11 @@ def settle_plan(parsed: Parsed, where: Places, screen: Screen, emit: Emit, stop:
     plan = make_plan(parsed.recipe, gather(parsed, where, saved, emit, stop))
     if saved is not None:
         home.require_same_run(saved, plan)
-        for change in changed_machine(saved, plan):
-            emit(Note(f"not bit for bit from here on: {change}", "warning"))
+        if plan.device.exactness_reason != saved.device.exactness_reason:
+            emit(Note(f"not bit for bit from here on: {plan.device.exactness_reason}", "warning"))
     show_plan(plan, screen)
-    plan = dataclasses.replace(plan, model=fetch(plan.model, emit))
-    home.save_plan(plan, parsed.text)
+    plan = dataclasses.replace(plan, model=fetch(plan.model, emit, stop))
+    home.save_plan(plan, parsed.text, parsed.overrides)
     emit(PlanMade(to_json(dataclasses.replace(plan, data=dataclasses.replace(plan.data, samples=())))))
     return plan
 
@@ -239,6 +275,7 @@ class Session:
         due = [prompt for prompt in self.plan.validation.prompts if not (folder / f"{prompt.name}.png").exists()]
         if not due or not self.plan.validates_at(step) or self.stop.requested:
             return
-        captions = encode.validation_captions(self.plan)
-        prompts = {text: encode.read_prompt(self.plan, self.cache, text, self.model.text_dtype) for text in captions}
-        validate(self.plan, self.model, prompts, step, self.home.samples, self.emit, self.stop)
+        plan = dataclasses.replace(self.plan, validation=dataclasses.replace(self.plan.validation, prompts=tuple(due)))
+        captions = encode.validation_captions(plan)
+        prompts = {text: encode.read_prompt(plan, self.cache, text, self.model.text_dtype) for text in captions}
+        validate(plan, self.model, prompts, step, self.home.samples, self.emit, self.stop)

@@ -11,6 +11,7 @@ Decides nothing about training. A directory with a run in it is continued or ref
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ltxforge.checkpoint import Checkpoints
 from ltxforge.durable import sweep_leftovers, write_file, write_json
 from ltxforge.errors import RunError
 from ltxforge.plan import FORMAT, Plan, differences, from_json, to_json
+from ltxforge.printable import printable
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,12 @@ class RunDirectory:
                 remedy=f"Give it {done} steps or more, or train a shorter one with --out another/directory.",
             )  # fmt: skip
 
-    def save_plan(self, plan: Plan, recipe_text: str) -> None:
-        """Write plan and recipe."""
+    def save_plan(self, plan: Plan, recipe_text: str, overrides: Sequence[str]) -> None:
+        """Write the plan, and the recipe with a note of what --set changed in it."""
         write_json(self.path / "plan.json", to_json(plan))
-        write_file(self.path / "recipe.toml", recipe_text)
+        noted = "".join(f"# --set {printable(override)}\n" for override in overrides)
+        note = f"\n# Started with these overrides, which win over what stands above:\n{noted}" if noted else ""
+        write_file(self.path / "recipe.toml", recipe_text + note)
 
     def compare_data(self, data: dict[str, Any]) -> DataChanges:
         """How the samples differ from those that the run began with.
@@ -118,8 +122,8 @@ class RunDirectory:
         if not self.has_run() or not path.exists():
             return DataChanges()
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))["samples"]
-            before = {entry["identity"]: entry for entry in saved}
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            before, empty_prompt = {entry["identity"]: entry for entry in saved["samples"]}, saved["empty_prompt"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"data.json, which says what this run trains on, cannot be read: {error}", where=str(self.path),
@@ -133,8 +137,11 @@ class RunDirectory:
                 remedy="Put the clips back as they were, or start a new run with --out another/directory.",
             )
         bits = ("latents", "prompt")
+        encoded = [now[key]["path"] for key in before if any(before[key][b] != now[key][b] for b in bits)]
+        if empty_prompt != data["empty_prompt"]:
+            encoded.append("the empty caption")
         return DataChanges(
-            encoded=tuple(now[key]["path"] for key in before if any(before[key][b] != now[key][b] for b in bits)),
+            encoded=tuple(encoded),
             late=frozenset(now.keys() - before.keys()),
         )
 

@@ -58,11 +58,6 @@ def nearest_frames(frames: int, temporal: int = 8) -> tuple[int, ...]:
     return _around(frames - 1, temporal, 0, 1)
 
 
-def nearest_sides(pixels: int, spatial: int = 32) -> tuple[int, ...]:
-    """The legal sides around an illegal one, lower first: 720 → (704, 736). A legal side gives itself."""
-    return _around(pixels, spatial, spatial, 0)
-
-
 def nearest_size(width: int, height: int, spatial: int = 32) -> tuple[int, int]:
     """The legal size nearest to width × height; a tie goes up: 480x854 → 480x864."""
     return _nearest(width, spatial), _nearest(height, spatial)

@@ -30,7 +30,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
             number = getattr(signal, name, None)
-            if number is not None:
+            # What the parent chose to ignore stays ignored: nohup, or a job in the background of a script.
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 

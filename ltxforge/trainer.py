@@ -19,6 +19,7 @@ from ltxforge import flow_matching
 from ltxforge.dataset.batches import Batch
 from ltxforge.errors import NonFiniteError
 from ltxforge.events import Emit, StepDone
+from ltxforge.hardware import peak_bytes, reset_peak
 from ltxforge.models.interface import Noisy, VideoModel, pad_prompts, to_tokens
 from ltxforge.optim import Optimizer
 from ltxforge.plan import Plan, TrainingPlan
@@ -59,6 +60,7 @@ def train(
     Args:
         after_step: called after each update; saves and samples where the plan says so.
     """
+    reset_peak(model.device)
     step = start
     while step < plan.steps and not stop.requested:
         began = time.perf_counter()
@@ -74,7 +76,7 @@ def train(
         now = time.perf_counter()
         seconds = {**loss.seconds, "optimizer": now - updated, "step": now - began}
         emit(StepDone(step, plan.steps, loss.value, grad_norm, rate, data.epoch_at(step), loss.sigma, loss.by_sample,
-                      seconds, peak_device_bytes(model.device)))  # fmt: skip
+                      seconds, peak_bytes(model.device)))  # fmt: skip
         after_step(step)
     optimizer.clear_gradients()
     return step
@@ -138,11 +140,6 @@ def require_finite(step: int, loss: StepLoss, grad_norm: float) -> None:
     worst = [f"sigma {s:.4f}: loss {v}" for s, v in zip(loss.sigma, loss.by_sample, strict=True)]
     raise NonFiniteError(
         f"step {step} gave loss {loss.value} and gradient norm {grad_norm} ({'; '.join(worst)})",
-        remedy="The weights were not changed and the last checkpoint is intact. Lower optimizer.learning_rate, or"
-        ' set training.precision = "fp32" to see whether bf16 overflows.',
+        remedy="The weights were not changed and the last checkpoint is intact, but the same settings come here again:"
+        ' start a new run with --out and a lower optimizer.learning_rate, or training.precision = "fp32".',
     )
-
-
-def peak_device_bytes(device: torch.device) -> int:
-    """The most memory that tensors took on the device since the start; 0 where the device does not count."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

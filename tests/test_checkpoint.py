@@ -99,8 +99,8 @@ def test_a_manifest_of_another_step_is_refused(store):
 
 def test_leftovers_of_a_killed_save_are_ignored_and_swept(store):
     save(store, 1)
-    (store.directory / ".step-000002.partial-12345").mkdir()
-    (store.directory / ".step-000000.trash-12345").mkdir()
+    (store.directory / ".step-000002.partial-12345-0123abcd").mkdir()
+    (store.directory / ".step-000000.trash-12345-0123abcd").mkdir()
     assert store.newest().step == 1
     assert [p.name for p in store.directory.iterdir()] == ["step-000001"]
 

@@ -31,12 +31,13 @@ def test_warm_up_is_linear_and_reaches_the_full_rate(schedule):
     ],
 )
 def test_schedules_follow_their_closed_forms(schedule, expected):
-    for step in range(10, 111):
-        assert rate(step, schedule=schedule) == pytest.approx(2e-4 * expected((step - 10) / 100), abs=1e-18)
+    for step in range(11, 112):
+        assert rate(step, schedule=schedule) == pytest.approx(2e-4 * expected((step - 11) / 100), abs=1e-18)
+    assert rate(11, schedule=schedule) == 2e-4 and rate(110, schedule=schedule) > 0
 
 
 def test_end_fraction_is_where_the_schedule_ends_and_stays():
-    assert rate(110, schedule="cosine", end_fraction=0.1) == pytest.approx(2e-5)
+    assert rate(111, schedule="cosine", end_fraction=0.1) == pytest.approx(2e-5)
     assert rate(500, schedule="cosine", end_fraction=0.1) == pytest.approx(2e-5)
 
 

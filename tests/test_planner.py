@@ -12,14 +12,14 @@ from ltxforge.dataset.scan import Clip
 from ltxforge.errors import PlanError
 from ltxforge.hardware import Hardware
 from ltxforge.plan import ComponentPlan, ModelPlan
-from ltxforge.planner import Facts, batches_per_epoch, changed_machine, make_plan
+from ltxforge.planner import Facts, batches_per_epoch, make_plan
 from ltxforge.recipe.parse import parse
 from ltxforge.shapes import ClipShape
 from ltxforge.specs import SPECS, TINY
 from ltxforge.validation.prompts import PromptEntry
 
-CPU = Hardware("cpu", "a CPU", (0, 0), 0, False, 2, {"torch": "2.13.0"}, ("no GPU",))
-GPU = Hardware("cuda", "a GPU", (9, 0), 80 * 2**30, True, 8, {"torch": "2.13.0"}, ())
+CPU = Hardware("cpu", "a CPU", (0, 0), 0, False, 2, {"torch": "2.13.0"}, ("no GPU",), frozenset())
+GPU = Hardware("cuda", "a GPU", (9, 0), 80 * 2**30, True, 8, {"torch": "2.13.0"}, (), frozenset())
 MINIMAL = """
 [model]
 base = "tiny/ltx-video"
@@ -49,7 +49,7 @@ def plan_for(text: str = MINIMAL, *, found=None, hardware=CPU, spec=TINY["tiny/l
     names = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     found = clips() if found is None else found
     enabled = [dataset for dataset in parsed.recipe.dataset if dataset.enabled]
-    model = ModelPlan("x", spec.version, spec.rope, dict.fromkeys(names, part))
+    model = changes.pop("model", None) or ModelPlan("x", spec.version, spec.rope, dict.fromkeys(names, part))
     facts = Facts(
         "mine", "/runs/mine", "/cache", hardware, model, spec,
         [(dataset, found) for dataset in enabled], said=parsed.said, **changes,
@@ -156,12 +156,47 @@ def test_distilled_weights_get_their_own_sampling_and_a_word_about_guidance():
     assert any("guidance 1" in note for note in warned.notes)
 
 
-def test_another_machine_is_told_and_not_refused():
-    first, second = plan_for(), plan_for(hardware=dataclasses.replace(GPU, versions={"torch": "2.14.0"}))
-    changes = changed_machine(first, second)
-    assert any("device was cpu" in change for change in changes)
-    assert any("torch was 2.13.0, now 2.14.0" in change for change in changes)
-    assert changed_machine(first, plan_for()) == []
+def test_another_machine_is_no_other_run_but_no_longer_exact():
+    first = plan_for()
+    elsewhere = dataclasses.replace(GPU, versions={"torch": "2.14.0"})
+    second = plan_for(hardware=elsewhere, previous=first)
+    assert second.identity_digest() == first.identity_digest(), "precision stays unless the recipe says another"
+    assert second.device.exactness == "statistical"
+    assert "device was cpu" in second.device.exactness_reason
+    assert "torch was 2.13.0, now 2.14.0" in second.device.exactness_reason
+    again = plan_for(hardware=elsewhere, previous=second)
+    assert again.device.exactness_reason == second.device.exactness_reason, "once inexact, it stays so"
+    assert plan_for(previous=first).device.exactness == "exact"
+
+
+def test_8bit_adamw_without_its_package_is_refused_before_anything_loads():
+    text = MINIMAL + '[optimizer]\nname = "adamw-8bit"\n'
+    assert plan_for(text, hardware=dataclasses.replace(CPU, packages=frozenset({"bitsandbytes"}))).optimizer
+    with pytest.raises(PlanError, match="bitsandbytes"):
+        plan_for(text)
+
+
+def test_dropout_with_recomputation_is_not_possible_on_apple_gpus():
+    apple = dataclasses.replace(GPU, kind="mps", capability=(0, 0))
+    text = MINIMAL + "[lora]\ndropout = 0.1\n"
+    assert plan_for(text, hardware=apple).memory.checkpointing == 0
+    assert plan_for(hardware=apple).memory.checkpointing == 1
+    with pytest.raises(PlanError, match="wrong gradients on Apple"):
+        plan_for(text + "[memory]\ncheckpointing = true\n", hardware=apple)
+
+
+def test_parts_in_one_file_are_downloaded_once():
+    file = ComponentPlan(source="o/n", kind="hub", inside="all.safetensors", repository="o/n", revision="c", bytes=10)
+    text = dataclasses.replace(file, inside="text_encoder", bytes=5)
+    spec = SPECS["0.9.5"]
+    model = ModelPlan("o/n", spec.version, spec.rope, {"transformer": file, "vae": file, "text_encoder": text})
+    assert plan_for(model=model).estimates.download_bytes == 15
+
+
+def test_layers_that_a_program_cannot_read_are_noted():
+    plan = plan_for(MINIMAL + '[lora]\ntargets = ["attention", "proj_in", "proj_out"]\n')
+    noted = [note for note in plan.notes if "not read by diffusers" in note]
+    assert len(noted) == 1 and "proj_in" in noted[0]
 
 
 def test_estimates_follow_from_the_sizes():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ltxforge.shapes import ClipShape, LatentShape, is_legal_frames, nearest_frames, nearest_sides, nearest_size
+from ltxforge.shapes import ClipShape, LatentShape, is_legal_frames, nearest_frames, nearest_size
 
 
 @pytest.mark.parametrize(
@@ -12,11 +12,6 @@ from ltxforge.shapes import ClipShape, LatentShape, is_legal_frames, nearest_fra
 def test_nearest_frames(frames, nearest):
     assert nearest_frames(frames) == nearest
     assert all(is_legal_frames(n) for n in nearest)
-
-
-@pytest.mark.parametrize(("side", "nearest"), [(720, (704, 736)), (854, (832, 864)), (10, (32,)), (512, (512,))])
-def test_nearest_sides(side, nearest):
-    assert nearest_sides(side) == nearest
 
 
 @pytest.mark.parametrize(

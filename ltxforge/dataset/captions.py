@@ -1,4 +1,4 @@
-"""Captions: reading `<stem>.txt` beside a clip, and making foreign text safe to print. Torch-free.
+"""Captions: reading `<stem>.txt` beside a clip. Torch-free.
 
 Decides what a valid caption is. Text is normalised to NFC, so that the same words typed on a Mac (decomposed accents)
 and elsewhere give the same tokens and the same cache key. Never writes.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import unicodedata
 from pathlib import Path
+
+from ltxforge.printable import printable
 
 MAX_BYTES = 64 * 1024
 _LAYOUT = frozenset("\t\n\r\f\v\x85")  # control characters that only lay text out
@@ -36,14 +38,6 @@ def read_caption(media: Path) -> str:
     if len(data) > MAX_BYTES:
         raise CaptionError(f"caption {name} is longer than {MAX_BYTES // 1024} KiB")
     return _clean(_decode(data, name), name)
-
-
-def printable(text: str) -> str:
-    """Foreign text made safe for terminals and JSON: whatever is no printable character becomes an escape.
-
-    Control sequences, bidirectional overrides and undecodable bytes (surrogates) show as `\\x1b`, `\\u202e`, `\\udcff`.
-    """
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def _decode(data: bytes, name: str) -> str:

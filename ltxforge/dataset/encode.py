@@ -20,6 +20,8 @@ import numpy as np
 import torch
 
 from ltxforge.dataset.cache import Cache, Key, key_text
+from ltxforge.dataset.memo import CLIP_DIGESTS
+from ltxforge.digests import FileDigests
 from ltxforge.errors import DataError, Stopped
 from ltxforge.events import ClipJudged, Emit, Note, PhaseAdvanced, PhaseEnded, PhaseStarted
 from ltxforge.media.decode import RESIZE, DecodeError, decode
@@ -67,6 +69,7 @@ class CachedData:
 
     samples: tuple[CachedSample, ...]
     empty_prompt_key: Key
+    empty_prompt_digest: str
 
     def without(self, identities: Collection[str]) -> CachedData:
         """The data less some samples."""
@@ -75,6 +78,7 @@ class CachedData:
     def to_json(self) -> dict[str, Any]:
         """The run's data manifest: identity and content digest of each sample."""
         return {
+            "empty_prompt": self.empty_prompt_digest,
             "samples": [
                 {"path": item.sample.path, "identity": item.identity,
                  "latents": item.latents_digest, "prompt": item.prompt_digest}
@@ -125,33 +129,30 @@ def fill(plan: Plan, model: Encoders, cache: Cache, emit: Emit, stop: StopReques
     )
     if not samples:
         raise DataError("no clip could be decoded, so there is nothing to train on")
-    return CachedData(samples, prompt_key(plan, "", model.text_dtype))
+    return CachedData(samples, prompt_key(plan, "", model.text_dtype), prompts[""])
 
 
 def fill_prompts(plan: Plan, model: Encoders, cache: Cache, emit: Emit, stop: StopRequest) -> dict[str, str]:
     """Encode all captions and validation prompts; returns caption → digest of its entry."""
     captions = sorted({"", *(s.caption for s in plan.data.samples), *validation_captions(plan)})
     phase = _Phase("prompts", len(captions), emit, stop)
-    found = {caption: cache.read("prompts", prompt_key(plan, caption, model.text_dtype)) for caption in captions}
-    digests = {caption: entry.digest for caption, entry in found.items() if entry}
-    phase.advance(len(digests), "already cached")
-    missing = [caption for caption in captions if caption not in digests]
-    at_limit = 0
+    keys = {caption: prompt_key(plan, caption, model.text_dtype) for caption in captions}
+    found = {caption: entry for caption, key in keys.items() if (entry := cache.read("prompts", key))}
+    phase.advance(len(found), "already cached")
+    missing = [caption for caption in captions if caption not in found]
     if missing:
         with model.text_encoder():
             for start in range(0, len(missing), PROMPTS_AT_ONCE):
                 part = missing[start : start + PROMPTS_AT_ONCE]
                 encoded = model.encode_prompts(part, plan.conditioning.prompt_tokens)
                 for caption, prompt in zip(part, encoded, strict=True):
-                    key = prompt_key(plan, caption, model.text_dtype)
-                    digests[caption] = cache.write("prompts", key, {"embeds": prompt.embeds}).digest
-                    at_limit += prompt.embeds.shape[0] >= plan.conditioning.prompt_tokens
+                    found[caption] = cache.write("prompts", keys[caption], {"embeds": prompt.embeds})
                 phase.advance(len(part))
-    if at_limit:
-        limit = plan.conditioning.prompt_tokens
+    limit = plan.conditioning.prompt_tokens
+    if at_limit := sum(entry.tensors["embeds"].shape[0] >= limit for entry in found.values()):
         emit(Note(f"{at_limit} captions reach the limit of {limit} tokens and may be cut", "warning"))
     phase.end()
-    return digests
+    return {caption: entry.digest for caption, entry in found.items()}
 
 
 def validation_captions(plan: Plan) -> set[str]:
@@ -190,7 +191,7 @@ def _fill_latents(
     failed: dict[str, list[str]] = {}
     if missing:
         with model.vae():
-            for sample, frames in _decoded_ahead(missing):
+            for sample, frames in _decoded_ahead(missing, Path(plan.cache.directory) / "memo" / CLIP_DIGESTS):
                 if isinstance(frames, DecodeError):
                     failed.setdefault(sample.path, []).append(str(frames))
                 else:
@@ -225,13 +226,24 @@ def _judge_failures(
         )
 
 
-def _decoded_ahead(samples: Sequence[SamplePlan]) -> Iterator[tuple[SamplePlan, np.ndarray | DecodeError]]:
-    """Each sample's frames [N, H, W, 3], the next one being decoded while the caller encodes this one."""
+def _decoded_ahead(
+    samples: Sequence[SamplePlan], memo: Path
+) -> Iterator[tuple[SamplePlan, np.ndarray | DecodeError]]:  # fmt: skip
+    """Each sample's frames [N, H, W, 3], the next one being decoded while the caller encodes this one.
+
+    A file is identified anew after it was decoded, which costs a look at its status: what is cached under a clip's
+    digest really came from it, also if someone edits clips while a long caching runs.
+    """
+    digests = FileDigests(memo)
 
     def frames(sample: SamplePlan) -> np.ndarray | DecodeError:
         times = [sample.start_seconds + n / sample.fps for n in range(sample.shape.frames)]
+        path = Path(sample.path)
         try:
-            return decode(Path(sample.path), times, (sample.shape.width, sample.shape.height))
+            decoded = decode(path, times, (sample.shape.width, sample.shape.height))
+            return decoded if digests.of(path) == sample.clip else DecodeError("the file changed since it was scanned")
+        except OSError as error:
+            return DecodeError(f"cannot be read ({(error.strerror or str(error)).lower()})")
         except DecodeError as error:
             return error
 

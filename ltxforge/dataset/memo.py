@@ -1,25 +1,23 @@
-"""What was once found out about a file and need not be found out again: its digest, and the probe of that content.
+"""What was once found out about a clip and need not be found out again: its digest, and the probe of that content.
 
-A digest is remembered by (real path, size, mtime, inode), a probe by digest and PROBE_VERSION. Anything unreadable in
-the memo counts as absent; deleting the folder costs time and nothing else. Torch-free.
+A probe is remembered by digest and PROBE_VERSION. Anything unreadable in the memo counts as absent; deleting the folder
+costs time and nothing else. Torch-free.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ltxforge import durable, plan
+from ltxforge.digests import FileDigests
 from ltxforge.errors import RunError
 from ltxforge.media.probe import PROBE_VERSION, Probe, ProbeError
 
-# A file changed this recently could change again within its timestamp's resolution.
-_SETTLED_SECONDS = 2.0
+CLIP_DIGESTS = "clips.json"
 
 
 class Memo:
@@ -27,29 +25,16 @@ class Memo:
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
-        self._digests: dict[str, str] = {}
-        self._is_changed = False
+        self.digests = FileDigests(None if directory is None else directory / CLIP_DIGESTS)
 
     def __enter__(self) -> Memo:
-        if self._directory is not None:
-            found = _read_json(self._directory / "clips.json")
-            self._digests = {key: value for key, value in found.items() if isinstance(value, str)}
         return self
 
-    def __exit__(self, *_exception: object) -> None:
-        if self._directory is not None and self._is_changed:
-            _write(self._directory / "clips.json", self._digests)
-
-    def digest(self, path: Path, compute: Callable[[], str]) -> str:
-        """The file's SHA-256, computed unless the same file was seen before."""
-        status = path.stat()
-        key = f"{os.path.realpath(path)}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
-        if key not in self._digests:
-            digest = compute()
-            if time.time() - status.st_mtime < _SETTLED_SECONDS:
-                return digest
-            self._digests[key], self._is_changed = digest, True
-        return self._digests[key]
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self.digests.__exit__(*exception)
+        except OSError as error:
+            raise _not_writable(error, self._directory) from error
 
     def probe(self, digest: str, path: Path, compute: Callable[[Path], Probe]) -> Probe:
         """The probe of this content, computed unless known. Raises ProbeError, remembered ones included."""
@@ -81,9 +66,14 @@ def _recall(remembered: dict[str, Any], path: Path) -> Probe | None:
 def _write(path: Path, value: dict[str, Any]) -> None:
     try:
         durable.write_json(path, value)
-    except OSError as error:  # not to be taken for a fault of the clip
-        reason = f"cannot write into the cache ({(error.strerror or str(error)).lower()})"
-        raise RunError(reason, where=str(path.parent), remedy="Choose a writable cache directory.") from error
+    except OSError as error:
+        raise _not_writable(error, path.parent) from error
+
+
+def _not_writable(error: OSError, folder: Path | None) -> RunError:
+    """Not to be taken for a fault of the clip."""
+    reason = f"cannot write into the cache ({(error.strerror or str(error)).lower()})"
+    return RunError(reason, where=str(folder), remedy="Choose a writable cache directory.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

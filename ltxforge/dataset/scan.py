@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ltxforge import durable
-from ltxforge.dataset.captions import CaptionError, printable, read_caption
+from ltxforge.dataset.captions import CaptionError, read_caption
 from ltxforge.dataset.memo import Memo
 from ltxforge.dataset.windows import too_short, window_starts
 from ltxforge.errors import DataError, PlanError, Stopped
@@ -22,6 +21,7 @@ from ltxforge.events import ClipJudged, Emit, PhaseAdvanced, PhaseEnded, PhaseSt
 from ltxforge.media.buckets import bucket_sizes, nearest_bucket, too_small
 from ltxforge.media.geometry import kept_share
 from ltxforge.media.probe import Probe, ProbeError, probe, require_regular_file
+from ltxforge.printable import printable
 from ltxforge.shapes import ClipShape
 from ltxforge.signals import StopRequest
 
@@ -84,6 +84,7 @@ def scan(
     emit: Emit,
     stop: StopRequest,
     memo_directory: Path | None = None,
+    leave_out: Collection[Path] = (),
 ) -> list[Clip]:
     """Judge every media file below `folder`, hidden ones left out, in the order of their names.
 
@@ -93,12 +94,13 @@ def scan(
         buckets: "aspect" or "fixed", see `buckets.bucket_sizes`.
         factors: the VAE's (spatial, temporal) factors.
         memo_directory: where digests and probes are remembered; None remembers nothing.
+        leave_out: folders below `folder` that are none of the user's: a run's samples, a cache.
 
     Raises:
         PlanError: the folder does not exist or holds no media files.
         Stopped: a stop was requested; what was probed until then is remembered.
     """
-    paths = _media_files(folder)
+    paths = _media_files(folder, leave_out)
     sizes = bucket_sizes(resolution, buckets, factors[0])
     for width, height in sizes:
         ClipShape(width, height, frames).latent(*factors)  # the recipe was checked: every sample is legal
@@ -129,11 +131,12 @@ def enforce_max_rejected(clips: Sequence[Clip], share: float) -> None:
     )
 
 
-def _media_files(folder: Path) -> list[Path]:
+def _media_files(folder: Path, leave_out: Collection[Path]) -> list[Path]:
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "does not exist"
         raise PlanError(f"the dataset's folder {what}", where=printable(str(folder)), remedy=_FOLDER_REMEDY)
-    paths = sorted(_walk(folder), key=lambda path: path.relative_to(folder).parts)
+    ours = {path.resolve() for path in leave_out}
+    paths = sorted(_walk(folder, ours), key=lambda path: path.relative_to(folder).parts)
     if not paths:
         kinds = " ".join(sorted(EXTENSIONS))
         raise PlanError(
@@ -145,10 +148,12 @@ def _media_files(folder: Path) -> list[Path]:
 _FOLDER_REMEDY = "Paths are relative to the folder where ltxforge is started; set `path` of this [[dataset]]."
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, leave_out: Collection[Path]) -> Iterator[Path]:
     """Media files by extension. Links to files are taken; links to folders, which may run in circles, are not."""
     for root, folders, files in os.walk(folder, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and Path(root, name).resolve() not in leave_out
+        ]
         for name in files:
             if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
                 yield Path(root, name)
@@ -175,7 +180,7 @@ def _with_content(clip: Clip, memo: Memo) -> Clip:
         raise _Rejected("its path is not valid Unicode and cannot be written down; rename it") from error
     require_regular_file(clip.path)
     caption = read_caption(clip.path)
-    digest = memo.digest(clip.path, lambda: durable.file_digest(clip.path))
+    digest = memo.digests.of(clip.path)
     found = memo.probe(digest, clip.path, probe)
     warnings = tuple(printable(text) for text in found.warnings)
     return replace(clip, caption=caption, digest=digest, probe=found, warnings=warnings)

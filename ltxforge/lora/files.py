@@ -8,33 +8,18 @@ Keys: `diffusion_model.<module>.lora_A.weight` [R, in] and `.lora_B.weight` [out
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ltxforge.durable import commit_file
-from ltxforge.errors import WeightsError
+from ltxforge.durable import staged_file
+from ltxforge.lora.targets import original_name
 
 PREFIX = "diffusion_model."
-# diffusers' names → the original checkpoint's, for layers outside the blocks. Inside they are the same.
-ORIGINAL_NAMES = {"proj_in": "patchify_proj", "time_embed": "adaln_single"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def original_name(module: str) -> str:
-    """A module's name in Lightricks' checkpoints, from its name in diffusers."""
-    head, dot, rest = module.partition(".")
-    return ORIGINAL_NAMES.get(head, head) + dot + rest
-
-
-def unread_by(module: str) -> str:
-    """Which program cannot read this layer from the file, or "" if all can."""
-    return "diffusers (it does not rename this layer)" if original_name(module) != module else ""
 
 
 def to_file_tensors(adapter: Mapping[str, Tensor], scaling: float, precision: str) -> dict[str, Tensor]:
@@ -60,23 +45,9 @@ def export(path: Path, adapter: Mapping[str, Tensor], scaling: float, precision:
         The file's size in bytes.
     """
     metadata = {"format": "pt", **{key: str(value) for key, value in sorted(facts.items())}}
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    save_file(to_file_tensors(adapter, scaling, precision), partial, metadata=metadata)
-    commit_file(partial, path)
+    with staged_file(path) as partial:
+        save_file(to_file_tensors(adapter, scaling, precision), partial, metadata=metadata)
     return path.stat().st_size
-
-
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a LoRA file. Raises WeightsError when it is not one of ours."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-    except Exception as error:  # safetensors has one error type per cause
-        raise WeightsError(f"not a readable safetensors file ({error})", where=str(path)) from error
-    if not tensors or not all(key.startswith(PREFIX) and ".lora_" in key for key in tensors):
-        raise WeightsError("this is no LoRA file with ComfyUI's key names", where=str(path))
-    return tensors, metadata
 
 
 def provenance(plan_facts: Mapping[str, object]) -> dict[str, str]:

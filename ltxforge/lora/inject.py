@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ltxforge.lora.linear import LoraLinear
-from ltxforge.lora.targets import BLOCKS, Match
+from ltxforge.lora.targets import Match, unread
 from ltxforge.plan import LoraPlan
 from ltxforge.randomness import address
 
@@ -27,13 +27,13 @@ ADAPTER = "default"
 
 @dataclass(frozen=True)
 class LoraReport:
-    """What was matched and trained. `outside` lists layers that not every program reads, with the reason."""
+    """What was matched and trained. `unread` maps layers that not every program reads to the program that does not."""
 
     layers: int
     by_target: dict[str, int]
     parameters: int
     file_bytes: int
-    outside: tuple[str, ...]
+    unread: dict[str, str]
 
 
 def inject(transformer: nn.Module, plan: LoraPlan, matched: Match, seed: int) -> LoraReport:
@@ -60,7 +60,7 @@ def inject(transformer: nn.Module, plan: LoraPlan, matched: Match, seed: int) ->
         by_target=matched.by_target,
         parameters=parameters,
         file_bytes=parameters * (4 if plan.save_precision == "fp32" else 2),
-        outside=tuple(name for name in wrapped if not name.startswith(BLOCKS)),
+        unread=unread(wrapped),
     )
 
 

@@ -8,7 +8,7 @@ that reads LoRA files knows them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ltxforge.errors import PlanError
@@ -20,6 +20,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "all": (),  # every linear inside the blocks
 }
 BLOCKS = "transformer_blocks."
+# diffusers' names → the original checkpoint's, for layers outside the blocks. Inside they are the same.
+ORIGINAL_NAMES = {"proj_in": "patchify_proj", "time_embed": "adaln_single"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,24 @@ def match(targets: Sequence[str], spec: ModelSpec) -> Match:
         layers={name: size for name, size in layers.items() if name in chosen},
         by_target={target: len(names) for target, names in by_target.items()},
     )
+
+
+def original_name(module: str) -> str:
+    """A module's name in Lightricks' checkpoints, from its name in diffusers."""
+    head, dot, rest = module.partition(".")
+    return ORIGINAL_NAMES.get(head, head) + dot + rest
+
+
+def unread(modules: Iterable[str]) -> dict[str, str]:
+    """Layers that some program cannot read from the LoRA file → which one, and why.
+
+    The file has the original names. diffusers' LTX loader strips the prefix and renames nothing (0.42.1).
+    """
+    return {
+        module: f"diffusers: the file calls it {original_name(module)}, and diffusers' loader renames nothing"
+        for module in modules
+        if original_name(module) != module
+    }
 
 
 def _meant(target: str, name: str) -> bool:

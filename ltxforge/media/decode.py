@@ -16,6 +16,8 @@ from ltxforge.media import geometry
 from ltxforge.media.supervisor import SECONDS, Refused, WorkerFault, once_more, worker
 
 RESIZE = geometry.RESIZE
+# Formats that Pillow reads by itself: for others (EPS) it would start another program.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _SECONDS_PER_FRAME = 0.5
 
 
@@ -57,10 +59,10 @@ def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
     Transparent parts show black. Raises DecodeError.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             upright = _opaque(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
-        raise DecodeError("not an image file") from error
+        raise DecodeError(f"not an image of a known kind ({', '.join(IMAGE_FORMATS)})") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DecodeError(f"the image cannot be read ({error})") from error
     resized = upright.resize(geometry.cover_size(upright.size, size), Image.Resampling.BICUBIC)

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
 from ltxforge.models.layout import TransformerLayout, VaeLayout, refuse_foreign, transformer_layout, vae_layout
 from ltxforge.models.sources import PLAIN_COMPONENTS, Source, component_files, open_tree, parse_source
-from ltxforge.models.trees import Digests, Tree, join, read_json, whole_header
+from ltxforge.models.trees import Tree, join, read_json, whole_header
 from ltxforge.models.weights import refuse_pickle
 from ltxforge.plan import ComponentPlan
 from ltxforge.specs import TINY, TINY_VERSION, ModelSpec
@@ -44,7 +45,7 @@ class Found:
 class Sources:
     """Sources by their text, each opened once."""
 
-    digests: Digests
+    digests: FileDigests
     trees: dict[str, Tree] = field(default_factory=dict)
 
     def parse(self, text: str) -> Source:
@@ -188,7 +189,8 @@ def component_plan(name: str, found: Found, spec: ModelSpec) -> ComponentPlan:
     return ComponentPlan(
         source=tree.repository or tree.describe(tree.inside),
         kind="hub" if tree.repository else _kind(tree, found.inside),
-        digest=_digest(tree, files, name),
+        # How samples are scheduled does not change what is trained: it is no part of a run's identity.
+        digest="" if name == "scheduler" else _digest(tree, files, name),
         inside=_inside_source(tree, found.inside),
         repository=tree.repository,
         revision=tree.revision,

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
 from ltxforge.models.components import Found, Sources, component_plan, find_all, pipeline_class
 from ltxforge.models.sources import Source
-from ltxforge.models.trees import Digests
 from ltxforge.plan import ModelPlan
 from ltxforge.specs import SPECS, TINY, ModelSpec
 
@@ -51,17 +51,18 @@ def plan_model(
         WeightsError: files that are missing, damaged, of another model, or that leave the version open.
         HubError: a Hub source that cannot be had.
     """
-    sources = Sources(Digests(memo_directory))
-    found = find_all(sources, base, transformer, vae, text_encoder)
-    pipeline = pipeline_class(sources, base)
-    if base in TINY:
-        spec, evidence = TINY[base], [f"{base} is built in"]
-        _require_claim_of_tiny(spec, version)
-        _require_fitting_vae(spec, found["vae"])
-    else:
-        spec, evidence = decide_version(found["transformer"], found["vae"], sources.parse(base), version)
-    chosen_rope, rope_reason = decide_rope(rope, found["transformer"], pipeline, spec)
-    components = {name: component_plan(name, part, spec) for name, part in found.items()}
+    with FileDigests(memo_directory and memo_directory / "weights.json") as digests:
+        sources = Sources(digests)
+        found = find_all(sources, base, transformer, vae, text_encoder)
+        pipeline = pipeline_class(sources, base)
+        if base in TINY:
+            spec, evidence = TINY[base], [f"{base} is built in"]
+            _require_claim_of_tiny(spec, version)
+            _require_fitting_vae(spec, found["vae"])
+        else:
+            spec, evidence = decide_version(found["transformer"], found["vae"], sources.parse(base), version)
+        chosen_rope, rope_reason = decide_rope(rope, found["transformer"], pipeline, spec)
+        components = {name: component_plan(name, part, spec) for name, part in found.items()}
     return ModelPlan(
         base=base, version=spec.version, rope=chosen_rope, components=components,
         licence=spec.licence.name, licence_url=spec.licence.url, evidence=(*evidence, rope_reason),

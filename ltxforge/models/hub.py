@@ -35,8 +35,9 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
+from ltxforge.digests import FileDigests
 from ltxforge.errors import HubError, WeightsError
-from ltxforge.models.trees import Digests, LocalTree, Tree
+from ltxforge.models.trees import LocalTree, Tree
 from ltxforge.models.weights import Header, TensorEntry, read_header, refuse_pickle
 from ltxforge.specs import SPECS
 
@@ -102,7 +103,7 @@ class HubTree:
         return f"{self.repository}:{path}" if path else self.repository
 
 
-def open_hub(repository: str, inside: str, revision: str, digests: Digests) -> Tree:
+def open_hub(repository: str, inside: str, revision: str, digests: FileDigests) -> Tree:
     """The repository at the commit that `revision` names now; from the cache alone in offline mode."""
     try:
         with told(repository, revision):
@@ -119,7 +120,7 @@ def open_hub(repository: str, inside: str, revision: str, digests: Digests) -> T
     return HubTree(inside, repository, info.sha or revision, listing)
 
 
-def _open_cached(repository: str, inside: str, revision: str, digests: Digests) -> LocalTree:
+def _open_cached(repository: str, inside: str, revision: str, digests: FileDigests) -> LocalTree:
     """A snapshot in the cache: the commit, else what the branch last pointed to here, else the newest.
 
     The library's own offline download is of no use: it wants whole repositories, and knows a branch only by downloads

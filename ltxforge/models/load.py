@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 
+from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
 from ltxforge.models.convert import transformer_names, vae_config, vae_names
 from ltxforge.models.layout import transformer_config, transformer_layout
 from ltxforge.models.ltx_video import LTXVideo, Parts, cast
 from ltxforge.models.sources import spec_of
 from ltxforge.models.tiny import tiny_parts
-from ltxforge.models.trees import Digests, LocalTree, weight_files, whole_header
+from ltxforge.models.trees import LocalTree, weight_files, whole_header
 from ltxforge.models.weights import Header, read_header
 from ltxforge.plan import ComponentPlan, ModelPlan
 from ltxforge.specs import TINY, ModelSpec
@@ -135,7 +136,7 @@ def load_scheduler(component: ComponentPlan, spec: ModelSpec) -> FlowMatchEulerD
 
 
 def _header_at(path: Path, part: str) -> tuple[Header, dict[str, Any]]:
-    return whole_header(LocalTree(path.parent, path.name, Digests()), path.name, part)
+    return whole_header(LocalTree(path.parent, path.name, FileDigests()), path.name, part)
 
 
 def _unfilled(make: Callable[[], Module]) -> Module:
@@ -169,7 +170,7 @@ def fill(module: Module, path: Path, names: Mapping[str, str], device: torch.dev
 
 
 def _files_of(folder: Path) -> list[str]:
-    return weight_files(LocalTree(folder.parent, folder.name, Digests()), folder.name)
+    return weight_files(LocalTree(folder.parent, folder.name, FileDigests()), folder.name)
 
 
 def _safetensors_device(device: torch.device) -> str:

@@ -17,12 +17,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ltxforge.errors import WeightsError
+from ltxforge.digests import FileDigests
+from ltxforge.errors import Stopped, WeightsError
 from ltxforge.events import Emit, Note
 from ltxforge.models.hub import fetch_files, open_hub
 from ltxforge.models.layout import transformer_config, transformer_layout
-from ltxforge.models.trees import Digests, LocalTree, Tree, join, weight_files, whole_header
+from ltxforge.models.trees import LocalTree, Tree, join, weight_files, whole_header
 from ltxforge.plan import ComponentPlan, ModelPlan
+from ltxforge.signals import StopRequest
 from ltxforge.specs import SPECS, TINY, ModelSpec
 
 # Components without tensors of their own.
@@ -70,7 +72,7 @@ def _nearest(text: str, known: list[str]) -> str:
     return f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(known[:12])}."
 
 
-def open_tree(source: Source, digests: Digests) -> Tree:
+def open_tree(source: Source, digests: FileDigests) -> Tree:
     """The files of a local or Hub source. Raises WeightsError or HubError if they cannot be had."""
     assert source.kind != "builtin"
     if source.kind == "hub":
@@ -93,9 +95,16 @@ def component_files(tree: Tree, inside: str, name: str) -> list[str]:
     return [join(inside, file) for file in dict.fromkeys([*large, *small])]
 
 
-def fetch(model: ModelPlan, emit: Emit) -> ModelPlan:
-    """Download what the plan's components still lack and fill in where everything lies."""
-    fetched = {name: _fetch_component(name, part, emit) for name, part in model.components.items()}
+def fetch(model: ModelPlan, emit: Emit, stop: StopRequest) -> ModelPlan:
+    """Download what the plan's components still lack and fill in where everything lies.
+
+    Raises Stopped between components; what was downloaded stays in the Hub's cache.
+    """
+    fetched = {}
+    for name, part in model.components.items():
+        if stop.requested:
+            raise Stopped(stop.signal_number, "stopped while fetching weights", remedy="What is here already stays.")
+        fetched[name] = _fetch_component(name, part, emit)
     return dataclasses.replace(model, components=fetched)
 
 
@@ -103,7 +112,7 @@ def _fetch_component(name: str, part: ComponentPlan, emit: Emit) -> ComponentPla
     if part.kind != "hub" or part.location:
         return part
     emit(Note(f"fetching the {name} from {part.repository} ({part.bytes / 1e9:.2f} GB unless cached)"))
-    tree = open_hub(part.repository, part.inside, part.revision, Digests())
+    tree = open_hub(part.repository, part.inside, part.revision, FileDigests())
     snapshot = fetch_files(part.repository, part.revision, component_files(tree, part.inside, name))
     return dataclasses.replace(part, location=str(snapshot / part.inside))
 
@@ -114,7 +123,7 @@ def spec_of(model: ModelPlan) -> ModelSpec:
     spec = TINY.get(model.base) or SPECS[model.version]
     if not part.location:
         return spec
-    tree = LocalTree(Path(part.location).parent, Path(part.location).name, Digests())
+    tree = LocalTree(Path(part.location).parent, Path(part.location).name, FileDigests())
     header, config = whole_header(tree, tree.inside, "transformer")
     layout = transformer_layout(header)
     assert layout is not None, "detect.py planned a transformer that is none"

@@ -5,20 +5,17 @@ Decides which files of a folder make up one model. `hub.py` holds the Hub's kind
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ltxforge.durable import file_digest, write_json
+from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
 from ltxforge.models.weights import Header, read_header, refuse_pickle
 
 WEIGHT_ENDINGS = ("safetensors", "safetensors.index.json")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Tree(Protocol):
@@ -65,44 +62,12 @@ class Tree(Protocol):
 
 
 @dataclass(frozen=True)
-class Digests:
-    """SHA-256 of local files, remembered by (real path, size, modification time, inode) in `memo`, one file each.
-
-    Hashing runs at about 2 GB/s and a 13B model has 26 GB. With no memo, every call hashes.
-    """
-
-    memo: Path | None = None
-
-    def of(self, path: Path) -> str:
-        real = path.resolve()
-        if real.parent.name == "blobs" and _SHA256.fullmatch(real.name):  # the Hub's cache names large files by digest
-            return real.name
-        if self.memo is None:
-            return file_digest(real)
-        status = real.stat()
-        key = [str(real), status.st_size, status.st_mtime_ns, status.st_ino]
-        record = self.memo / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
-        if (known := self._recall(record, key)) is not None:
-            return known
-        digest = file_digest(real)
-        write_json(record, {"file": key, "sha256": digest})
-        return digest
-
-    def _recall(self, record: Path, key: list) -> str | None:
-        try:
-            known = json.loads(record.read_bytes())
-            return known["sha256"] if known["file"] == key else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-
-@dataclass(frozen=True)
 class LocalTree:
     """A folder on this machine. For a snapshot in the Hub's cache, `repository` and `revision` say which it is."""
 
     root: Path
     inside: str
-    digests: Digests = field(default_factory=Digests)
+    digests: FileDigests = field(default_factory=FileDigests)
     repository: str = ""
     revision: str = ""
 

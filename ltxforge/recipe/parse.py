@@ -39,6 +39,7 @@ class Parsed:
         doubts: what is legal but probably not meant, located.
         path: the file as the user named it.
         text: the file's text, without overrides.
+        overrides: what was given with --set, as given.
     """
 
     recipe: Recipe
@@ -47,6 +48,7 @@ class Parsed:
     doubts: tuple[Problem, ...]
     path: str
     text: str
+    overrides: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -90,7 +92,9 @@ def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Parsed:
         raise _refusal(problems)
     said = list(_said(verdict.recipe))
     overridden = [key for key in said if places[key].source is not source]
-    return Parsed(verdict.recipe, _names(said), _names(overridden), tuple(problems), name, source.text)
+    return Parsed(
+        verdict.recipe, _names(said), _names(overridden), tuple(problems), name, source.text, tuple(overrides)
+    )
 
 
 def _read(path: Path) -> bytes:

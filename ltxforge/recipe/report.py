@@ -9,12 +9,13 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ltxforge.printable import printable
+
 WIDEST = 96
 """Longest excerpt of a line, in terminal cells; longer lines are cut around the carets."""
 LONGEST = 300
 """Longest message or hint, in characters."""
 TAB = "    "
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 @dataclass(frozen=True)
@@ -83,20 +84,6 @@ def shorten(text: str, longest: int) -> str:
     return f"{text[:head]}…{text[len(text) - (longest - 1 - head) :]}"
 
 
-def visible(text: str) -> str:
-    """`text` with everything invisible or dangerous to a terminal written as an escape, in one line."""
-    return "".join(map(_visible, text))
-
-
-def _visible(character: str) -> str:
-    if unicodedata.category(character) not in _HIDDEN:
-        return character
-    code = ord(character)
-    if code < 0x100:
-        return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
 def cells(shown: str) -> int:
     """Width on a terminal: East Asian wide characters take two cells, combining marks none."""
     return sum(_cells(character) for character in shown)
@@ -109,18 +96,18 @@ def _cells(character: str) -> int:
 
 
 def _told(message: str) -> str:
-    return visible(shorten(message, LONGEST))
+    return printable(shorten(message, LONGEST))
 
 
 def _place(problem: Problem) -> str:
-    place = visible(shorten(problem.where, 120))
+    place = printable(shorten(problem.where, 120))
     return f"{place}:{problem.line}:{problem.column}" if problem.line else place
 
 
 def _excerpt(line: str, start: int, length: int) -> tuple[str, int, int]:
     """The line as shown, and in cells: the space before the carets and their number."""
     line, start = _window(line, start)
-    shown = [TAB if character == "\t" else _visible(character) for character in line]
+    shown = [TAB if character == "\t" else printable(character) for character in line]
     widths = [cells(character) for character in shown]
     room = max(1, WIDEST - sum(widths[:start]))
     return "".join(shown), sum(widths[:start]), max(1, min(sum(widths[start : start + length]), room))
@@ -128,7 +115,7 @@ def _excerpt(line: str, start: int, length: int) -> tuple[str, int, int]:
 
 def _window(line: str, start: int) -> tuple[str, int]:
     """Cut a long line to what fits around `start`, marking what was left out by `…`."""
-    widths = [len(TAB) if character == "\t" else cells(_visible(character)) for character in line[: start + WIDEST]]
+    widths = [len(TAB) if character == "\t" else cells(printable(character)) for character in line[: start + WIDEST]]
     if len(line) <= WIDEST and sum(widths) <= WIDEST:
         return line, start
     first = start

@@ -21,8 +21,9 @@ from ltxforge.events import (
     SampleReady,
     StepDone,
 )
+from ltxforge.printable import printable
 from ltxforge.ui.pace import Pace
-from ltxforge.ui.text import counted, duration, loss, number, printable, size, time_left
+from ltxforge.ui.text import counted, duration, loss, size, time_left
 
 LABEL_WIDTH = 11
 UNITS = {"scan": "clip", "prompts": "caption", "latents": "sample", "train": "step", "validate": "denoising step"}
@@ -85,12 +86,12 @@ def lora_text(event: LoraInjected) -> str:
     report = event.report
     targets = ", ".join(f"{target} {count}" for target, count in report.get("by_target", {}).items())
     layers = counted(report.get("layers", 0), "layer") + (f" ({targets})" if targets else "")
-    outside = report.get("outside") or ()
+    unread = report.get("unread") or {}
     return _joined(
         layers,
         f"{report.get('parameters', 0):,} trained parameters",
         f"file {size(report.get('file_bytes', 0))}",
-        f"{number(len(outside))} outside the blocks, which not every program reads" if outside else "",
+        *(f"{layer} is not read by {why}" for layer, why in unread.items()),
     )
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from ltxforge import durable
+from ltxforge.printable import printable
 from ltxforge.trackers.jsonl import last_per_step, read_events
 from ltxforge.ui.smoothing import centred_mean
-from ltxforge.ui.text import counted, loss, printable, short
+from ltxforge.ui.text import counted, loss, short
 
 XMLNS = "http://www.w3.org/2000/svg"
 WIDTH, HEIGHT = 960, 520

@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ltxforge.plan import BucketPlan, Plan, PromptPlan
+from ltxforge.printable import printable
 from ltxforge.specs import SPECS
-from ltxforge.ui.text import counted, number, printable, short, size
+from ltxforge.ui.text import counted, number, short, size
 
 # Label, value, and who decided it: "recipe", "default", "device", "weights", "dataset" or nobody in particular.
 Row = tuple[str, str, str]

@@ -30,9 +30,10 @@ from ltxforge.events import (
     SampleReady,
     StepDone,
 )
+from ltxforge.printable import printable
 from ltxforge.ui.lines import LABEL_WIDTH, line
 from ltxforge.ui.pace import Pace
-from ltxforge.ui.text import loss, printable, time_left
+from ltxforge.ui.text import loss, time_left
 from ltxforge.ui.verdicts import Verdicts, verdict_table
 
 REFRESHES_PER_SECOND = 4

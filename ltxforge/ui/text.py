@@ -5,16 +5,6 @@ from __future__ import annotations
 import math
 
 
-def printable(text: str) -> str:
-    """The text on one line with everything that could move a cursor, turn a line around or fail to encode spelled out.
-
-    File names may hold escape sequences, line breaks and half surrogates: "a\\x1b[2J.mp4" is shown with its backslash.
-    """
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
-
-
 def duration(seconds: float) -> str:
     """A wall time or a forecast: "0.42 s", "12.3 s", "4:05 min", "3:12:00 h"."""
     if not math.isfinite(seconds) or seconds < 0:

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ltxforge.events import ClipJudged, Event
-from ltxforge.ui.text import counted, printable
+from ltxforge.printable import printable
+from ltxforge.ui.text import counted
 
 STYLES = {"rejected": "red", "dropped": "yellow", "ok": "green"}
 

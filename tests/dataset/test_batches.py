@@ -24,8 +24,8 @@ def made_up_data(plan, cache, channels=16, width=8):
         prompt = cache.write("prompts", keys[1], {"embeds": torch.full((3 + number, width), float(number))})
         samples.append(CachedSample(sample, keys[0], latents.digest, keys[1], prompt.digest))
     empty = {"caption": ""}
-    cache.write("prompts", empty, {"embeds": torch.full((1, width), -1.0)})
-    return CachedData(tuple(samples), empty)
+    nothing = cache.write("prompts", empty, {"embeds": torch.full((1, width), -1.0)})
+    return CachedData(tuple(samples), empty, nothing.digest)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 
 from ltxforge.dataset import encode
 from ltxforge.dataset.cache import Cache
+from ltxforge.durable import file_digest
 from ltxforge.errors import DataError, Stopped
 from ltxforge.events import ClipJudged, PhaseAdvanced
 from ltxforge.media import demo
@@ -32,8 +33,10 @@ def world(plan_maker, clips, tmp_path):
     """(plan, model, cache, events): two clips of the built-in set, two windows of one of them."""
     wanted = [("red_disc", 0.0), ("red_disc", 0.5), ("blue_square", 0.25)]
     samples = tuple(
-        SamplePlan("shapes", name, str(clips / f"{name}.mp4"), f"a {name}", SHAPE, 25.0, start)
-        for name, start in wanted
+        SamplePlan(
+            "shapes", file_digest(clips / f"{name}.mp4"), str(clips / f"{name}.mp4"), f"a {name}", SHAPE, 25.0, at
+        )
+        for name, at in wanted
     )
     plan = plan_maker(data=DataPlan(samples, ()))
     events: list = []
@@ -162,7 +165,7 @@ def test_windows_that_do_not_decode_are_dropped_with_a_verdict(world, tmp_path):
     plan, model, cache, events = world
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
-    late = dataclasses.replace(plan.data.samples[0], start_seconds=60.0, clip="late")
+    late = dataclasses.replace(plan.data.samples[0], start_seconds=60.0)
     gone = dataclasses.replace(plan.data.samples[0], path=str(broken), clip="broken")
     changed = dataclasses.replace(plan, data=DataPlan((*plan.data.samples, late, gone), ()))
     data = encode.fill(changed, model, cache, events.append, StopRequest())
@@ -170,6 +173,21 @@ def test_windows_that_do_not_decode_are_dropped_with_a_verdict(world, tmp_path):
     verdicts = {Path(e.path).name: e for e in events if isinstance(e, ClipJudged)}
     assert verdicts["broken.mp4"].verdict == "rejected" and verdicts["broken.mp4"].reason
     assert verdicts["red_disc.mp4"].verdict == "ok" and verdicts["red_disc.mp4"].warnings
+
+
+def test_a_clip_that_changes_during_caching_is_never_cached_under_its_old_name(world, clips, tmp_path):
+    """A long caching runs while someone edits a clip: what was decoded is not what was scanned."""
+    plan, model, cache, events = world
+    edited = tmp_path / "edited.mp4"
+    edited.write_bytes((clips / "red_disc.mp4").read_bytes())
+    sample = dataclasses.replace(plan.data.samples[0], path=str(edited))
+    edited.write_bytes((clips / "blue_square.mp4").read_bytes())
+    changed = dataclasses.replace(plan, data=DataPlan((sample, plan.data.samples[2]), ()))
+    data = encode.fill(changed, model, cache, events.append, StopRequest())
+    assert [item.sample.path for item in data.samples] == [plan.data.samples[2].path]
+    verdict = next(e for e in events if isinstance(e, ClipJudged))
+    assert verdict.verdict == "rejected" and "changed since it was scanned" in verdict.reason
+    assert cache.read("latents", encode.latents_key(changed, sample, model.vae_dtype)) is None
 
 
 def test_nothing_left_is_an_error(world, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ltxforge import digests
 from ltxforge.dataset import scan as scanning
 from ltxforge.dataset.scan import Clip, enforce_max_rejected, scan
 from ltxforge.errors import DataError, PlanError, RunError, Stopped
@@ -165,7 +166,7 @@ def test_what_was_found_is_remembered(folder: Path, tmp_path: Path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(scanning, "probe", must_not)
-        patch.setattr(scanning.durable, "file_digest", must_not)
+        patch.setattr(digests, "file_digest", must_not)
         assert look(folder, memo_directory=memo) == first
     # Another content under the old name and size is seen by its time.
     data = bytearray((folder / "red_disc.mp4").read_bytes())

@@ -22,11 +22,12 @@ from ltxforge.errors import LtxforgeError
 from ltxforge.models.detect import plan_model
 from ltxforge.models.sources import fetch
 from ltxforge.plan import to_json
+from ltxforge.signals import StopRequest
 try:
     plan = plan_model(**json.loads(sys.argv[1]))
     before = to_json(plan)
     if "fetch" in sys.argv:
-        plan = fetch(plan, lambda event: None)
+        plan = fetch(plan, lambda event: None, StopRequest())
     print(json.dumps([before, to_json(plan)]))
 except LtxforgeError as error:
     print(json.dumps({"type": type(error).__name__, "what": error.what, "remedy": error.remedy}))

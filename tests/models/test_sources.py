@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
+from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
 from ltxforge.models.sources import parse_source
-from ltxforge.models.trees import Digests
 
 
 @pytest.mark.parametrize(
@@ -57,24 +57,38 @@ def test_what_is_nothing_is_refused(text):
 
 
 def test_digests_are_remembered_until_the_file_changes(tmp_path):
-    file, memo = tmp_path / "w.safetensors", tmp_path / "memo"
+    file, memo = tmp_path / "w.safetensors", tmp_path / "memo" / "weights.json"
+    one, two = (hashlib.sha256(text).hexdigest() for text in (b"one", b"two"))
     file.write_bytes(b"one")
-    digests = Digests(memo)
-    assert digests.of(file) == hashlib.sha256(b"one").hexdigest()
-    record = next(memo.iterdir())
-    record.write_text(record.read_text().replace(digests.of(file), "0" * 64))
-    assert digests.of(file) == "0" * 64  # taken from the memo, so it was not hashed again
+    os.utime(file, ns=(2, 2))
+    with FileDigests(memo) as digests:
+        assert digests.of(file) == one
+    memo.write_text(memo.read_text(encoding="utf-8").replace(one, "0" * 64), encoding="utf-8")
+    assert FileDigests(memo).of(file) == "0" * 64  # taken from the memo, so it was not hashed again
     file.write_bytes(b"two")
     os.utime(file, ns=(1, 1))
-    assert digests.of(file) == hashlib.sha256(b"two").hexdigest()
+    assert FileDigests(memo).of(file) == two
+
+
+def test_a_file_that_was_just_written_is_not_remembered(tmp_path):
+    """It could be written again within its timestamp's resolution."""
+    file, memo = tmp_path / "w.safetensors", tmp_path / "memo.json"
+    file.write_bytes(b"one")
+    with FileDigests(memo) as digests:
+        assert digests.of(file) == hashlib.sha256(b"one").hexdigest()
+        status = file.stat()
+        file.write_bytes(b"two")
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert digests.of(file) == hashlib.sha256(b"two").hexdigest()
+    assert not memo.exists()
 
 
 def test_a_damaged_memo_is_no_harm(tmp_path):
-    file, memo = tmp_path / "w", tmp_path / "memo"
+    file, memo = tmp_path / "w", tmp_path / "memo.json"
     file.write_bytes(b"one")
-    Digests(memo).of(file)
-    next(memo.iterdir()).write_text("{")
-    assert Digests(memo).of(file) == hashlib.sha256(b"one").hexdigest()
+    for damage in ("{", "[1]", '{"x": 1}'):
+        memo.write_text(damage, encoding="utf-8")
+        assert FileDigests(memo).of(file) == hashlib.sha256(b"one").hexdigest()
 
 
 def test_planning_does_not_import_torch():

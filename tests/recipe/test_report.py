@@ -2,7 +2,8 @@
 
 import pytest
 
-from ltxforge.recipe.report import Problem, cells, one_line, render, render_one, shorten, visible
+from ltxforge.printable import printable
+from ltxforge.recipe.report import Problem, cells, one_line, render, render_one, shorten
 
 
 def caret_columns(problem: Problem) -> tuple[str, str]:
@@ -49,7 +50,7 @@ def test_nothing_nasty_is_printed(nasty: str) -> None:
     for text in (render([problem]), one_line(problem)):
         assert nasty not in text
         text.encode("utf-8")
-    assert "\\" in visible(nasty)
+    assert "\\" in printable(nasty)
 
 
 def test_shape_of_a_report() -> None:

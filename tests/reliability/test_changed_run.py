@@ -69,7 +69,6 @@ SHAPE = {"data.buckets.0.shape.width", "data.buckets.0.tokens", "data.samples"}
         ("training.clip_norm=0.5", {"training.clip_norm"}),
         ("training.precision=bf16", {"device.precision"}),
         ("conditioning.first_frame=0.4", {"conditioning.first_frame"}),
-        ("memory.checkpointing=true", {"memory.checkpointing"}),
         ("flow.sigma=uniform", {"flow.sigma", "flow.stretch", "flow.uniform_fraction"}),
         ("dataset.0.resolution=96x64", SHAPE),
         (other_caption, {"data.samples"}),
@@ -93,6 +92,7 @@ def test_another_recipe_or_other_data_is_refused_by_name(change, fields, finishe
     [
         ["run.steps=12", "checkpoint.every=2", "checkpoint.keep=5"],
         ["validation.every=6", "validation.seed=3", "validation.at_start=true"],
+        ["memory.checkpointing=true"],
         pytest.param(["lora.save_precision=bf16", "run.max_rejected=0.5"], marks=pytest.mark.sweep),
     ],
 )

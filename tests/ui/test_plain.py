@@ -67,7 +67,15 @@ EVENTS = [
     PhaseAdvanced("scan", 2),
     PhaseEnded("scan", 0.5),
     Note("a [bold]note[/bold] of two\nlines", "warning"),
-    LoraInjected({"layers": 2, "by_target": {"attention": 2}, "parameters": 10, "file_bytes": 20, "outside": ["x"]}),
+    LoraInjected(
+        {
+            "layers": 2,
+            "by_target": {"attention": 2},
+            "parameters": 10,
+            "file_bytes": 20,
+            "unread": {"proj_in": "diffusers: no"},
+        }
+    ),
     Resumed(4, "step-000004", ("step-000005: damaged",)),
     StepDone(5, 5, float("nan"), 0.1, 1e-4, 0.0),
     CheckpointSaved(5, "step-000005", 10, 0.1),
@@ -87,7 +95,7 @@ def test_every_event_is_plain_text_that_the_stream_can_encode(encoding):
     text = raw.getvalue().decode(encoding)
     assert all(character == "\n" or character.isprintable() for character in text)
     assert ("日" in text) == (encoding == "utf-8")
-    for told in ("no picture\\x07", "[bold]note[/bold] of two\\nlines", "damaged", "fox.png", "lora.safetensors"):
+    for told in ("no picture\\x07", "[bold]note[/bold] of two\\x0alines", "damaged", "fox.png", "lora.safetensors"):
         assert told in text
     if encoding != "utf-8":
         assert text.isascii()

@@ -29,7 +29,7 @@ def test_order_reasons_and_summary(width):
     assert max(map(len, text.splitlines())) <= width
     assert text.index("rejected") < text.index("dropped") < text.index("ends")
     if width > 40:  # narrower, words are folded over lines
-        for told in ("b/\\x1b[2J\\r[red]x.mp4", "empty\\nfile", "a/one.mp4", "b/short.mp4", "ends early"):
+        for told in ("b/\\x1b[2J\\x0d[red]x.mp4", "empty\\x0afile", "a/one.mp4", "b/short.mp4", "ends early"):
             assert told in text
         assert "4 clips: 2 ok (3 samples, 1 with warnings), 1 dropped, 1 rejected" in text
     assert "\x1b" not in text and "\r" not in text and "/data" not in text
