@@ -43,7 +43,7 @@ def about(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def check(recipe: Recipe, set_: Set = None) -> None:
-    """Judge the recipe's text: all mistakes at once. Needs neither weights nor clips."""
+    """Judge the recipe's text, all mistakes at once."""
     parsed = parse.load(recipe, set_ or ())
     for warning in parsed.warnings:
         typer.echo(f"warning: {warning}")
@@ -52,19 +52,21 @@ def check(recipe: Recipe, set_: Set = None) -> None:
 
 @app.command()
 def plan(recipe: Recipe, set_: Set = None, out: Out = None, plain: Plain = False) -> None:
-    """Decide every number and print it, or list everything that is missing. Starts nothing."""
-    _engine().plan_only(recipe, set_ or (), out, _screen(plain))
+    """Decide every number, or list all that is missing. Starts nothing."""
+    parsed = parse.load(recipe, set_ or ())
+    _engine().plan_only(parsed, out, _screen(plain))
 
 
 @app.command()
 def run(recipe: Recipe, set_: Set = None, out: Out = None, plain: Plain = False) -> None:
-    """Carry the recipe out. The same command continues a run that was interrupted."""
-    _engine().run(recipe, set_ or (), out, _screen(plain))
+    """Carry the recipe out, or continue an interrupted run."""
+    parsed = parse.load(recipe, set_ or ())
+    _engine().run(parsed, out, _screen(plain))
 
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of recipes, for editors that complete and check TOML."""
+    """Print the JSON Schema of recipes, for TOML editors."""
     typer.echo(json.dumps(recipe_schema(), indent=2))
 
 

@@ -15,6 +15,7 @@ from ltxforge.dataset.scan import Clip, enforce_max_rejected, scan
 from ltxforge.errors import HubError, LtxforgeError, PlanError, WeightsError
 from ltxforge.events import Emit
 from ltxforge.media import demo
+from ltxforge.media.decode import DecodeError, read_image
 from ltxforge.models.detect import plan_model
 from ltxforge.models.sources import spec_of
 from ltxforge.plan import ModelPlan, Plan
@@ -37,6 +38,7 @@ class Places:
     name: str
     run: Path
     cache: Path
+    out_given: bool = False
 
     @property
     def memo(self) -> Path:
@@ -49,7 +51,7 @@ def places(parsed: Parsed, out: Path | None) -> Places:
     recipe, name = parsed.recipe, Path(parsed.path).stem
     run = out or (Path(recipe.run.directory).expanduser() if recipe.run.directory else Path("runs") / name)
     cache = Path(recipe.cache.directory).expanduser() if recipe.cache.directory else Path("cache")
-    return Places(name, run.absolute(), cache.absolute())
+    return Places(name, run.absolute(), cache.absolute(), out is not None)
 
 
 def gather(parsed: Parsed, where: Places, previous: Plan | None, emit: Emit, stop: StopRequest) -> Facts:
@@ -76,7 +78,7 @@ def gather(parsed: Parsed, where: Places, previous: Plan | None, emit: Emit, sto
     return Facts(
         name=where.name, directory=str(where.run), cache_directory=str(where.cache), hardware=hardware.detect(),
         model=model, spec=spec, clips=found, library=library or [], said=parsed.said,
-        overridden=parsed.overridden, warnings=parsed.warnings,
+        overridden=parsed.overridden, out_given=where.out_given, warnings=parsed.warnings,
         previous=previous,
     )  # fmt: skip
 
@@ -112,10 +114,17 @@ def _library(recipe: Recipe) -> list[PromptEntry]:
 
 def _require_images(recipe: Recipe, library: list[PromptEntry], missing: list[LtxforgeError]) -> None:
     for entry in [*recipe.validation.prompt, *library]:
-        if entry.image and not Path(entry.image).expanduser().is_file():
+        if not entry.image:
+            continue
+        path = Path(entry.image).expanduser()
+        try:
+            if not path.is_file():
+                raise DecodeError("it does not exist")
+            read_image(path, (32, 32))
+        except DecodeError as error:
             missing.append(
                 PlanError(
-                    f"the image of validation prompt {entry.name!r} does not exist", where=str(entry.image),
+                    f"the image of validation prompt {entry.name!r} cannot be used: {error}", where=str(path),
                     remedy="Paths are relative to the folder where ltxforge is started.",
                 )
             )  # fmt: skip

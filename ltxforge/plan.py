@@ -12,12 +12,15 @@ import json
 import math
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 from ltxforge.shapes import ClipShape
 
 FORMAT = 1
+MOST_CLIPS_TOLD = 8
 T = TypeVar("T")
 
 
@@ -350,17 +353,47 @@ def identity(value: Any) -> Any:
 
 
 def differences(old: Plan, new: Plan) -> list[tuple[str, str, str]]:
-    """Identity fields that differ, as (dotted name, old value, new value); samples are summed up in one line."""
+    """What makes two plans different runs, as (name, old, new): identity fields by dotted name, samples by clip."""
     before, after = _flat(identity(old)), _flat(identity(new))
     found = []
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):
             found.append((name, str(before.get(name, "absent")), str(after.get(name, "absent"))))
-    samples = [entry for entry in found if entry[0].startswith("data.samples.")]
-    found = [entry for entry in found if not entry[0].startswith("data.samples.")]
-    if samples:
-        changed = len({entry[0].split(".")[2] for entry in samples})
-        found.append(("data.samples", f"{len(old.data.samples)} samples", f"{len(new.data.samples)}, {changed} differ"))
+    if samples := _sample_differences(old.data.samples, new.data.samples):
+        # What the samples decide differs with them and says nothing more.
+        derived = ("data.samples.", "data.buckets.", "steps_per_epoch")
+        found = [entry for entry in found if not entry[0].startswith(derived)] + samples
+    return found
+
+
+def _sample_differences(old: Iterable[SamplePlan], new: Iterable[SamplePlan]) -> list[tuple[str, str, str]]:
+    """What became of each clip, by its file's name: gone, new, or what of it changed. Beyond a few, how many."""
+    before, after = _by_clip(old, new), _by_clip(new, old)
+    found = []
+    for name in sorted(before.keys() | after.keys()):
+        was, now = before.get(name, []), after.get(name, [])
+        found.append((f"data: {name}", "there" if was else "absent", _what_changed(was, now)))
+    shown = found[:MOST_CLIPS_TOLD]
+    return [*shown, ("data: others", str(len(found) - len(shown)), "likewise")] if len(found) > len(shown) else found
+
+
+def _what_changed(was: list[SamplePlan], now: list[SamplePlan]) -> str:
+    if not was or not now:
+        return "there" if now else "gone"
+    words = {"clip": "content", "start_seconds": "windows"}
+    names = [item.name for item in dataclasses.fields(SamplePlan) if not item.metadata.get("free")]
+    differing = [name for name in names if [getattr(s, name) for s in was] != [getattr(s, name) for s in now]]
+    return "other " + ", ".join(words.get(name, name) for name in differing)
+
+
+def _by_clip(samples: Iterable[SamplePlan], known: Iterable[SamplePlan]) -> dict[str, list[SamplePlan]]:
+    """The samples that are not among the known ones, by their file's name, which alone is no difference."""
+    ones = {json.dumps(identity(sample)) for sample in known}
+    found: dict[str, list[SamplePlan]] = {}
+    for sample in samples:
+        if json.dumps(identity(sample)) in ones:
+            continue
+        found.setdefault(PurePath(sample.path).name, []).append(sample)
     return found
 
 

@@ -62,6 +62,7 @@ class Facts:
     library: Sequence[PromptEntry] = ()
     said: frozenset[str] = frozenset()
     overridden: frozenset[str] = frozenset()
+    out_given: bool = False
     warnings: tuple[str, ...] = ()
     previous: Plan | None = None
 
@@ -283,16 +284,16 @@ def _notes(recipe: Recipe, facts: Facts, data: DataPlan, steps: int) -> tuple[st
     notes = [*facts.warnings, *facts.hardware.missing]
     layers = match(recipe.lora.targets, facts.spec).layers
     notes += [f"the LoRA file's {layer} is not read by {why}" for layer, why in unread(layers).items()]
-    whole = recipe.training.batch_size * recipe.training.accumulate
     for bucket in data.buckets:
         if bucket.samples < recipe.training.batch_size:
             repeats = math.ceil(recipe.training.batch_size / bucket.samples)
             notes.append(
-                f"bucket {bucket.shape} has {bucket.samples} samples, fewer than batch_size"
-                f" {recipe.training.batch_size}: its batches are smaller; repeats = {repeats} would fill them"
+                f"bucket {bucket.shape} has fewer samples ({bucket.samples}) than batch_size"
+                f" ({recipe.training.batch_size}): its batches are smaller; repeats = {repeats} would fill them"
             )
-    if data.samples_per_epoch < whole:
-        notes.append(f"one step of {whole} samples goes over the {data.samples_per_epoch} samples more than once")
+    micro_batches, accumulate = batches_per_epoch(data, recipe.training.batch_size), recipe.training.accumulate
+    if accumulate > micro_batches:
+        notes.append(f"a step of {accumulate} micro-batches goes over the data's {micro_batches} more than once")
     if facts.spec.distilled and recipe.validation.guidance not in (None, 1, 1.0):
         notes.append("distilled weights are made for guidance 1; higher values give burnt pictures")
     if facts.previous is not None and steps > facts.previous.steps:
@@ -333,6 +334,8 @@ def _origins(recipe: Recipe, facts: Facts) -> dict[str, str]:
                 else "recipe" if name in facts.said
                 else _OTHER_ORIGINS.get(name, "default")
             )  # fmt: skip
+    if facts.out_given:
+        origins["run.directory"] = "--out"
     return origins
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,7 @@ from ltxforge.models.sources import fetch
 from ltxforge.optim import Optimizer
 from ltxforge.plan import Plan, to_json
 from ltxforge.planner import make_plan
-from ltxforge.recipe.parse import Parsed, load
+from ltxforge.recipe.parse import Parsed
 from ltxforge.run_directory import RunDirectory
 from ltxforge.signals import StopRequest
 from ltxforge.trackers.jsonl import EventLog, last_per_step, read_events
@@ -59,10 +59,9 @@ from ltxforge.ui.text import duration
 from ltxforge.validation.sample import validate
 
 
-def run(recipe: Path, overrides: Sequence[str], out: Path | None, screen: Screen) -> None:
+def run(parsed: Parsed, out: Path | None, screen: Screen) -> None:
     """Carry a recipe out, from the beginning or from its newest checkpoint."""
     refuse_several_processes(os.environ)
-    parsed = load(recipe, overrides)
     where = places(parsed, out)
     with (
         StopRequest() as stop,
@@ -80,9 +79,8 @@ def run(recipe: Path, overrides: Sequence[str], out: Path | None, screen: Screen
         open_session(plan, model, cache, data, log.attempt, emit, stop).train()
 
 
-def plan_only(recipe: Path, overrides: Sequence[str], out: Path | None, screen: Screen) -> None:
+def plan_only(parsed: Parsed, out: Path | None, screen: Screen) -> None:
     """Print the plan of a recipe, or everything that is missing for one; starts and changes nothing."""
-    parsed = load(recipe, overrides)
     where = places(parsed, out)
     with StopRequest() as stop, faults_told(where.run), Dispatcher([screen]) as emit:
         home = RunDirectory(where.run)
@@ -217,18 +215,21 @@ class Session:
         """Train to the plan's end, or to a stop, which saves and raises Stopped."""
         began = time.monotonic()
         self.sample(self.start)
-        self.emit(PhaseStarted("train", self.plan.steps, f"from step {self.start}"))
-        step = train(
-            self.plan, self.model, self.batches, self.optimizer, self.start, self.emit, self.stop, self.after_step
-        )
-        self.emit(PhaseEnded("train", time.monotonic() - began))
+        step = self.start
+        if step >= self.plan.steps:
+            self.emit(Note(f"all {step} steps are done; raise run.steps to go on"))
+            self.hand_over(step)
+        elif not self.stop.requested:
+            self.emit(PhaseStarted("train", self.plan.steps, f"from step {step}"))
+            step = train(
+                self.plan, self.model, self.batches, self.optimizer, step, self.emit, self.stop, self.after_step
+            )
+            self.emit(PhaseEnded("train", time.monotonic() - began))
         outcome = "stopped" if step < self.plan.steps else "finished"
         if step > self.start and not self.checkpoints.path(step).exists():
             self.save(step)
         if step > self.start or not self.home.loss_curve.exists():
             draw(self.home.events, self.home.loss_curve)
-        if outcome == "finished":
-            self.emit(LoraExported(str(self.home.lora), self.export(self.home.lora, step), step))
         self.emit(RunEnded(outcome, step, time.monotonic() - began))
         if self.stop.requested:
             raise Stopped(
@@ -241,7 +242,13 @@ class Session:
         if self.plan.saves_at(step):
             self.save(step)
             draw(self.home.events, self.home.loss_curve)
+        if step == self.plan.steps:
+            self.hand_over(step)
         self.sample(step)
+
+    def hand_over(self, step: int) -> None:
+        """The run's result: the LoRA file that other programs load."""
+        self.emit(LoraExported(str(self.home.lora), self.export(self.home.lora, step), step))
 
     def save(self, step: int) -> None:
         """A checkpoint of this step; a step that is saved already stays as it is."""

@@ -94,8 +94,26 @@ def test_every_identity_field_is_told_when_it_changes(tiny_plan):
         assert changed.identity_digest() != tiny_plan.identity_digest()
 
 
-def test_changed_samples_are_summed_up(tiny_plan):
+def test_changed_samples_are_told_by_clip(tiny_plan):
     samples = tiny_plan.data.samples
-    other = dataclasses.replace(samples[0], caption="another caption")
-    changed = dataclasses.replace(tiny_plan, data=dataclasses.replace(tiny_plan.data, samples=(other, *samples[1:])))
-    assert differences(tiny_plan, changed) == [("data.samples", f"{len(samples)} samples", f"{len(samples)}, 1 differ")]
+
+    def told(*changed):
+        data = dataclasses.replace(tiny_plan.data, samples=changed, buckets=())
+        return differences(tiny_plan, dataclasses.replace(tiny_plan, data=data, steps_per_epoch=99.0))
+
+    def first(**changes):
+        return (dataclasses.replace(samples[0], **changes), *samples[1:])
+
+    assert told(*samples[1:]) == [("data: 0.mp4", "there", "gone")]
+    assert told(*first(caption="x")) == [("data: 0.mp4", "there", "other caption")]
+    assert told(*first(clip="x", start_seconds=1.0)) == [("data: 0.mp4", "there", "other content, windows")]
+    assert told(*samples, *first(path="/clips/new.mp4", clip="x")[:1]) == [("data: new.mp4", "absent", "there")]
+    assert told(*(dataclasses.replace(s, path=f"/clips/{n}.mp4", clip="x") for n, s in enumerate(samples * 2)))[-1] == (
+        "data: others", "4", "likewise",
+    )  # fmt: skip
+
+
+def test_moved_and_renamed_clips_are_no_difference(tiny_plan):
+    moved = [dataclasses.replace(s, path=f"/elsewhere/x{n}.mp4") for n, s in enumerate(tiny_plan.data.samples)]
+    data = dataclasses.replace(tiny_plan.data, samples=tuple(moved))
+    assert differences(tiny_plan, dataclasses.replace(tiny_plan, data=data)) == []

@@ -26,6 +26,7 @@ from ltxforge.media import demo
 from ltxforge.models.load import load_model
 from ltxforge.models.tiny import tiny_parts
 from ltxforge.plan import Plan, from_json
+from ltxforge.recipe.parse import load
 from ltxforge.trackers.jsonl import last_per_step, read_events
 from ltxforge.ui.screen import screen_for
 from ltxforge.validation.sample import sample
@@ -52,7 +53,7 @@ def clips(here) -> Path:
 
 def start(recipe: Path, *overrides: str, out: Path | None = None) -> str:
     screen = io.StringIO()
-    run.run(recipe, overrides, out, screen_for(screen, plain=True))
+    run.run(load(recipe, overrides), out, screen_for(screen, plain=True))
     return screen.getvalue()
 
 
@@ -197,6 +198,39 @@ def test_a_recipe_mistake_ends_with_2_and_starts_nothing(here):
     assert [path.name for path in here.iterdir()] == ["mine.toml"]
     with pytest.raises(RecipeError):
         start(recipe)
+
+
+def test_a_sample_that_fails_costs_the_sample_and_not_the_run(here):
+    """diffusers' image-to-video pipeline cannot make one step with 0.9.1's schedule; a run of hours goes on."""
+    Image.new("RGB", (64, 64), "teal").save(here / "first.png")
+    prompt = 'validation.prompt=[{name="a", prompt="x", image="first.png"}]'
+    settings = [*SMALL, "model.base=tiny/ltx-video-0.9.1", "validation.steps=1", prompt]
+    shown = start(ROOT / "recipes/quickstart.toml", *settings)
+    home = here / "runs/quickstart"
+    assert "no sample a after step 3" in shown and "finished" in shown
+    assert (home / "lora.safetensors").exists() and not (home / "samples/step-000003/a.mp4").exists()
+
+
+def test_a_rope_that_is_not_the_version_s_own_can_be_sampled(here):
+    prompt = 'validation.prompt=[{name="a", prompt="x"}]'
+    shown = start(
+        ROOT / "recipes/quickstart.toml", *SMALL, "model.base=tiny/ltx-video-0.9.1", "model.rope=causal", prompt
+    )
+    assert (here / "runs/quickstart/samples/step-000003/a.mp4").exists() and "no sample" not in shown
+
+
+def test_a_run_inside_the_clips_folder_does_not_take_its_samples_for_clips(clips, monkeypatch):
+    monkeypatch.chdir(clips)
+    for steps in (2, 3):
+        start(ROOT / "recipes/quickstart.toml", *SMALL, "dataset.0.path=.", f"run.steps={steps}", "validation.every=1")
+    assert len({sample.path for sample in plan_of(clips / "runs/quickstart").data.samples}) == 6
+
+
+def test_overrides_are_kept_with_the_recipe(here):
+    start(ROOT / "recipes/quickstart.toml", *SMALL, "validation.every=0")
+    kept = (here / "runs/quickstart/recipe.toml").read_text(encoding="utf-8")
+    assert "# --set run.steps=3\n" in kept
+    assert plan_of(here / "runs/quickstart").origins["run.steps"] == "--set"
 
 
 def test_several_processes_are_refused(here, monkeypatch):

@@ -20,8 +20,9 @@ class CaptionError(Exception):
 
 
 def caption_path(media: Path) -> Path:
-    """Where the caption of a media file stands: the same stem, `.txt`."""
-    return media.with_suffix(".txt")
+    """Where the caption of a media file stands: the same stem, `.txt`, or `.TXT` where that is what there is."""
+    usual, shouted = media.with_suffix(".txt"), media.with_suffix(".TXT")
+    return shouted if not usual.exists() and shouted.exists() else usual
 
 
 def read_caption(media: Path) -> str:

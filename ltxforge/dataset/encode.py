@@ -150,7 +150,7 @@ def fill_prompts(plan: Plan, model: Encoders, cache: Cache, emit: Emit, stop: St
                 phase.advance(len(part))
     limit = plan.conditioning.prompt_tokens
     if at_limit := sum(entry.tensors["embeds"].shape[0] >= limit for entry in found.values()):
-        emit(Note(f"{at_limit} captions reach the limit of {limit} tokens and may be cut", "warning"))
+        emit(Note(f"captions that reach the limit of {limit} tokens and may be cut: {at_limit}", "warning"))
     phase.end()
     return {caption: entry.digest for caption, entry in found.items()}
 

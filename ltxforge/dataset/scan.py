@@ -28,6 +28,7 @@ from ltxforge.signals import StopRequest
 _MP4_AND_KIN = (".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm")
 _MPEG_STREAMS = (".mpg", ".mpeg", ".m2v", ".ts", ".mts", ".m2ts")
 EXTENSIONS = frozenset([*_MP4_AND_KIN, *_MPEG_STREAMS, ".avi", ".wmv", ".asf", ".flv", ".ogv", ".mxf", ".gif"])
+_IMAGES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"])
 _KEPT_SHARE_WARNING = 0.5
 
 
@@ -138,10 +139,12 @@ def _media_files(folder: Path, leave_out: Collection[Path]) -> list[Path]:
     ours = {path.resolve() for path in leave_out}
     paths = sorted(_walk(folder, ours), key=lambda path: path.relative_to(folder).parts)
     if not paths:
-        kinds = " ".join(sorted(EXTENSIONS))
+        images = sum(path.suffix.lower() in _IMAGES for path in folder.rglob("*"))
+        seen = f" ({images} images were seen: datasets of images are not in this release)" if images else ""
         raise PlanError(
-            "no clips in the dataset's folder", where=printable(str(folder)), remedy=f"Looked for files named {kinds}."
-        )
+            f"no clips in the dataset's folder{seen}", where=printable(str(folder)),
+            remedy=f"Looked for files named {' '.join(sorted(EXTENSIONS))}.",
+        )  # fmt: skip
     return paths
 
 
@@ -165,7 +168,7 @@ def _judge(path: Path, folder: Path, rules: _Rules, memo: Memo) -> Clip:
         clip = _with_content(clip, memo)
         return _with_samples(clip, rules)
     except (_Rejected, ProbeError, CaptionError) as fault:
-        return replace(clip, verdict="rejected", reason=printable(str(fault)))
+        return replace(clip, verdict="rejected", reason=printable(str(fault)), warnings=())
     except _Dropped as limit:
         return replace(clip, verdict="dropped", reason=str(limit))
     except OSError as error:

@@ -7,7 +7,7 @@ headers and small JSON files and digests local weights. Torch-free.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,35 @@ class Sources:
 def find_all(
     sources: Sources, base: str, transformer: str | None, vae: str | None, text_encoder: str | None
 ) -> dict[str, Found]:
-    """Every component, from its own source or from the base."""
-    found = {
-        "transformer": _find_tensors(sources, transformer or base, "transformer", own=transformer is not None),
-        "vae": _find_tensors(sources, vae or base, "vae", own=vae is not None),
-    }
-    found["text_encoder"], found["tokenizer"] = _find_text_encoder(sources, text_encoder, base)
-    found["scheduler"] = _find_scheduler(sources, base)
+    """Every component, from its own source or from the base. All that is wrong is told at once."""
+    found: dict[str, Found] = {}
+    wrong: list[WeightsError] = []
+
+    def attempt(names: tuple[str, ...], find: Callable[[], tuple[Found, ...]]) -> None:
+        try:
+            found.update(zip(names, find(), strict=True))
+        except WeightsError as error:
+            if str(error) not in map(str, wrong):
+                wrong.append(error)
+
+    own = transformer is not None
+    attempt(("transformer",), lambda: (_find_tensors(sources, transformer or base, "transformer", own),))
+    attempt(("vae",), lambda: (_find_tensors(sources, vae or base, "vae", vae is not None),))
+    attempt(("text_encoder", "tokenizer"), lambda: _find_text_encoder(sources, text_encoder, base))
+    attempt(("scheduler",), lambda: (_find_scheduler(sources, base),))
+    if len(wrong) > 1:
+        raise WeightsError("\n".join(map(str, wrong)))
+    if wrong:
+        raise wrong[0]
     return found
+
+
+def own_vae(sources: Sources, base: str) -> Found | None:
+    """The VAE that the base itself brings, if it has one."""
+    try:
+        return _find_tensors(sources, base, "vae", own=False)
+    except WeightsError:
+        return None
 
 
 def _find_tensors(sources: Sources, text: str, name: str, own: bool) -> Found:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
-from ltxforge.models.components import Found, Sources, component_plan, find_all, pipeline_class
+from ltxforge.models.components import Found, Sources, component_plan, find_all, own_vae, pipeline_class
 from ltxforge.models.sources import Source
 from ltxforge.plan import ModelPlan
 from ltxforge.specs import SPECS, TINY, ModelSpec
@@ -60,7 +60,10 @@ def plan_model(
             _require_claim_of_tiny(spec, version)
             _require_fitting_vae(spec, found["vae"])
         else:
-            spec, evidence = decide_version(found["transformer"], found["vae"], sources.parse(base), version)
+            # A VAE that replaces the base's own says nothing about the transformer: it is checked, not asked.
+            witness = (own_vae(sources, base) if vae else None) or found["vae"]
+            spec, evidence = decide_version(found["transformer"], witness, sources.parse(base), version)
+            _require_fitting_vae(spec, found["vae"])
         chosen_rope, rope_reason = decide_rope(rope, found["transformer"], pipeline, spec)
         components = {name: component_plan(name, part, spec) for name, part in found.items()}
     return ModelPlan(

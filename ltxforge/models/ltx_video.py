@@ -343,8 +343,12 @@ class LTXVideo:
         vae = cast(self._loaded_vae(), self.device, self.dtype)
         plain = LTXImageToVideoPipeline if with_image else LTXPipeline
         kind = LTXConditionPipeline if self.rope == "causal" else plain
+        scheduler = self._parts.scheduler()
+        if kind is LTXConditionPipeline and scheduler.config.use_dynamic_shifting:
+            # It brings a schedule of its own, which a shift by token count would need more than it gives.
+            scheduler = scheduler.from_config(scheduler.config, use_dynamic_shifting=False, shift_terminal=None)
         made = kind(
-            scheduler=self._parts.scheduler(),
+            scheduler=scheduler,
             vae=vae,
             text_encoder=None,
             tokenizer=None,

@@ -255,7 +255,7 @@ def _folder(path: str) -> str:
 def _first_frame_leaves_some(recipe: Recipe) -> Iterator[Fault]:
     for place, item in enumerate(recipe.dataset):
         if recipe.conditioning.first_frame > 0 and item.enabled and item.frames == 1:
-            what = "frames = 1 with first_frame conditioning: the only frame would be kept clean, nothing is learned"
+            what = "frames = 1 with first_frame conditioning: there is no frame to follow, so it has no effect here"
             yield _warning(("dataset", place, "frames"), what, other=_key("conditioning.first_frame"))
 
 

@@ -51,6 +51,8 @@ class Dispatcher:
         self._consumers.remove(consumer)
         with contextlib.suppress(Exception):
             _call(consumer, "__exit__", type(error), error, error.__traceback__)
+        if isinstance(error, BrokenPipeError):  # `ltxforge plan | head`: nobody is left to be told
+            return
         name = getattr(consumer, "__name__", type(consumer).__name__)
         text = f"{name} failed and is off from here on; the run goes on ({type(error).__name__}: {error})"
         if self._consumers:

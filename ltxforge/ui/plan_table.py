@@ -157,13 +157,13 @@ def _lora(plan: Plan) -> list[Row]:
 
 def _training(plan: Plan) -> list[Row]:
     training, origin = plan.training, plan.origins.get
-    whole = training.batch_size * training.accumulate
+    whole = f"up to {counted(training.batch_size * training.accumulate, 'sample')} a step"
     epochs = f", {plan.steps / plan.steps_per_epoch:.3g} epochs" if plan.steps_per_epoch else ""
     return [
         ("steps", f"{plan.steps:,}{epochs}", origin("run.steps", "")),
         ("seed", number(plan.seed), origin("run.seed", "")),
         ("batch size", number(training.batch_size), origin("training.batch_size", "")),
-        ("accumulate", f"{training.accumulate} ({counted(whole, 'sample')} a step)", origin("training.accumulate", "")),
+        ("accumulate", f"{training.accumulate} ({whole})", origin("training.accumulate", "")),
         _clipping(plan),
         ("checkpointing", _every(plan.memory.checkpointing, "block"), origin("memory.checkpointing", "")),
         ("resume", plan.resume, origin("run.resume", "")),

@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from ltxforge.durable import inside
+from ltxforge.errors import LtxforgeError
 from ltxforge.events import Emit, Note, PhaseAdvanced, PhaseEnded, PhaseStarted, SampleReady
-from ltxforge.media.decode import DecodeError, read_image
+from ltxforge.media.decode import read_image
 from ltxforge.media.write import write_video
 from ltxforge.models.interface import PromptEmbeddings, VideoModel, pad_prompts
 from ltxforge.plan import Plan, PromptPlan
@@ -57,7 +58,8 @@ def validate(
         step: the last finished update; 0 before training.
         stop: read between denoising steps; samples that were finished by then are kept, the rest left out.
 
-    A sample that does not fit into memory, or whose image has gone, is passed over with a warning: the run goes on.
+    A sample that cannot be made (memory, an image that has gone, a fault of the pipeline) is passed over with a
+    warning: the run goes on.
     """
     planned = plan.validation.prompts
     began, done, ready = time.perf_counter(), 0, []
@@ -75,8 +77,11 @@ def validate(
             emit(ready[-1])
         except _Interrupted:
             break
-        except (torch.OutOfMemoryError, DecodeError) as error:
-            emit(Note(f"no sample {prompt.name} after step {step}, training goes on: {error}", "warning"))
+        except LtxforgeError:
+            raise
+        except Exception as error:  # whatever a pipeline raises, a sample is not worth a run of hours
+            reason = f"{type(error).__name__}: {error}"
+            emit(Note(f"no sample {prompt.name} after step {step}, training goes on ({reason})", "warning"))
         done += prompt.steps
     emit(PhaseEnded(PHASE, time.perf_counter() - began, "stopped" if stop.requested else ""))
     return ready

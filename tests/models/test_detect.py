@@ -140,12 +140,30 @@ def test_tiny_folders_are_recognised(tiny_folder, name):
     assert from_json(ModelPlan, to_json(plan)) == plan
 
 
+def test_a_vae_that_replaces_the_base_s_own_is_checked_and_not_asked(tiny_folder):
+    """It must not turn a 0.9.5 transformer into a 0.9.1."""
+    other = tiny_folder("tiny/ltx-video-0.9.1")
+    with pytest.raises(WeightsError, match="not interchangeable|they look alike"):
+        plan_model(base=str(tiny_folder()), vae=str(other))
+    with pytest.raises(WeightsError, match=r"VAE is that of 0\.9\.1"):
+        plan_model(base=str(tiny_folder()), vae=str(other), version="0.9.5")
+    assert plan_model(base=str(tiny_folder()), vae=str(tiny_folder()), version="0.9.5").version == "0.9.5"
+
+
+def test_everything_wrong_with_the_parts_is_told_at_once(tiny_folder, tmp_path):
+    with pytest.raises(WeightsError) as refused:
+        plan_model(base=str(tiny_folder()), vae=str(tmp_path / "no-vae"), transformer=str(tmp_path / "no-transformer"))
+    assert "no-vae" in str(refused.value) and "no-transformer" in str(refused.value)
+
+
 def test_components_say_where_they_lie(tiny_folder):
     folder = tiny_folder()
     plan = plan_model(base=str(folder), version="0.9.5")
     for name, part in plan.components.items():
         assert (part.kind, part.inside, part.location) == ("folder", name, str(folder / name))
-        assert len(part.digest) == 64
+        assert len(part.digest) == (
+            0 if name == "scheduler" else 64
+        )  # samples' schedule is no part of a run's identity
     weights = [path.stat().st_size for path in (folder / "transformer").iterdir()]
     assert plan.components["transformer"].bytes == sum(weights)
 
