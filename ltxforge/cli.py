@@ -73,6 +73,8 @@ def schema() -> None:
 def _engine() -> Any:
     """`ltxforge.run`, which brings torch and diffusers: 4 s that `check` does not have."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if sys.stderr.isatty():
+        typer.echo("loading PyTorch", err=True)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import about kernels for other tasks
     return importlib.import_module("ltxforge.run")
 

@@ -48,7 +48,7 @@ def write_file(path: Path, content: bytes | str) -> None:
     data = content.encode() if isinstance(content, str) else content
     partial = _beside(path, "partial")
     with _disk_full_told(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             with partial.open("wb") as file:
                 file.write(data)
@@ -66,6 +66,14 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def make_folder(folder: Path) -> None:
+    """The folder with its parents, so that its own entry survives a power cut as the files in it do."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
 def commit_file(partial: Path, path: Path) -> None:
     """Give a finished file, written beside its target, its final name."""
     with _disk_full_told(path):
@@ -79,7 +87,7 @@ def staged_file(path: Path) -> Iterator[Path]:
     """Yield a partial name beside `path` for others to write to; afterwards it gets its final name, or is removed."""
     partial = _beside(path, "partial")
     with _disk_full_told(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             yield partial
             commit_file(partial, path)
@@ -101,7 +109,8 @@ def staged_folder(final: Path, facts: dict[str, Any]) -> Iterator[Path]:
     """
     staging = _beside(final, "partial")
     with _disk_full_told(final):
-        staging.mkdir(parents=True)
+        make_folder(final.parent)
+        staging.mkdir()
         try:
             yield staging
             files = sorted(path for path in staging.rglob("*") if path.is_file())

@@ -40,6 +40,11 @@ def peak_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
+def torch_dtype(precision: str) -> torch.dtype:
+    """torch's dtype for a recipe's word: bf16, fp16 or fp32."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
 def torch_device(kind: str) -> torch.device:
     """torch's device for a kind: rocm is spelt cuda there."""
     return torch.device("cuda" if kind == "rocm" else kind)

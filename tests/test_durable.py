@@ -92,14 +92,30 @@ def test_a_signal_is_a_flag_and_handlers_come_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+# A shell starts background jobs with SIGINT ignored, and that is inherited: the child begins like a job in front.
 TWICE = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from ltxforge.signals import StopRequest
 with StopRequest():
     print("ready", flush=True)
     while True:
         time.sleep(0.05)
 """
+
+
+NOHUP = """
+import os, signal
+from ltxforge.signals import StopRequest
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with StopRequest() as stop:
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.requested
+"""
+
+
+def test_what_nohup_ignores_stays_ignored():
+    assert subprocess.run([sys.executable, "-c", NOHUP], check=False).returncode == 0
 
 
 def test_a_second_signal_means_now():

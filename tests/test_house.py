@@ -20,7 +20,7 @@ FLOORS = [
     {"models", "lora", "flow_matching", "dataset"},
     {"checkpoint", "optim", "run_directory"},
     {"trainer", "validation", "planner", "ui", "trackers"},
-    {"run", "facts"},
+    {"run", "session", "facts"},
     {"cli", "__main__"},
 ]
 # Neighbours on one floor that may use each other, in this direction only.
@@ -35,6 +35,7 @@ BESIDE = {
     ("planner", "validation"),
     ("ui", "trackers"),
     ("run", "facts"),
+    ("run", "session"),
     ("__main__", "cli"),
 }
 # Where an import may hide in a function: `module: imported`. importlib.import_module counts.

@@ -11,15 +11,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ltxforge.durable import staged_file
+from ltxforge.hardware import torch_dtype
 from ltxforge.lora.targets import original_name
 
 PREFIX = "diffusion_model."
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def to_file_tensors(adapter: Mapping[str, Tensor], scaling: float, precision: str) -> dict[str, Tensor]:
@@ -29,7 +28,7 @@ def to_file_tensors(adapter: Mapping[str, Tensor], scaling: float, precision: st
         folded = value.detach().float().cpu()
         if name.endswith(".lora_B.weight"):
             folded = folded * scaling
-        tensors[PREFIX + original_name(name)] = folded.to(DTYPES[precision]).contiguous()
+        tensors[PREFIX + original_name(name)] = folded.to(torch_dtype(precision)).contiguous()
     return tensors
 
 

@@ -177,4 +177,8 @@ def tell(answer: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    # A shell starts background jobs with SIGINT ignored, and what is ignored stays so: runs begin like a job in front.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     serve()

@@ -1,0 +1,162 @@
+"""A run that is ready to train: its transformer with the adapter in it, its batches, its optimiser and its directory.
+
+Decides when to save, sample and hand over, as the plan says; the loop itself is the trainer's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ltxforge import __version__
+from ltxforge.checkpoint import Checkpoints
+from ltxforge.dataset import encode
+from ltxforge.dataset.batches import Batches
+from ltxforge.dataset.cache import Cache
+from ltxforge.errors import RunError, Stopped
+from ltxforge.events import (
+    CheckpointSaved,
+    Emit,
+    LoraExported,
+    LoraInjected,
+    Note,
+    PhaseEnded,
+    PhaseStarted,
+    Resumed,
+    RunEnded,
+)
+from ltxforge.lora.files import export, provenance
+from ltxforge.lora.inject import adapter_parameters, adapter_scaling, inject, load_adapter
+from ltxforge.lora.targets import match
+from ltxforge.models.interface import VideoModel
+from ltxforge.optim import Optimizer
+from ltxforge.plan import Plan
+from ltxforge.run_directory import RunDirectory
+from ltxforge.signals import StopRequest
+from ltxforge.trainer import train
+from ltxforge.ui.loss_curve import draw
+from ltxforge.validation.sample import validate
+
+
+def open_session(
+    plan: Plan, model: VideoModel, cache: Cache, data: encode.CachedData, attempt: int, emit: Emit, stop: StopRequest
+) -> Session:
+    """Load the transformer, put the adapter in and go back to the newest checkpoint."""
+    model.load_transformer()
+    report = inject(model.transformer, plan.lora, match(plan.lora.targets, model.spec), plan.seed)
+    emit(LoraInjected(dataclasses.asdict(report)))
+    model.set_checkpointing(plan.memory.checkpointing)
+    model.transformer.train()
+    optimizer = Optimizer(plan.optimizer, adapter_parameters(model.transformer))
+    session = Session(plan, model, cache, Batches(plan, data, cache), optimizer, attempt, emit, stop)
+    session.restore()
+    return session
+
+
+@dataclass
+class Session:
+    """A run that is ready to train: saves, samples and finishes where the plan says so."""
+
+    plan: Plan
+    model: VideoModel
+    cache: Cache
+    batches: Batches
+    optimizer: Optimizer
+    attempt: int
+    emit: Emit
+    stop: StopRequest
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        self.home = RunDirectory(Path(self.plan.directory))
+        self.checkpoints = Checkpoints(self.home.path, self.plan.checkpoint.keep)
+
+    def restore(self) -> None:
+        """Take weights, moments and step from the newest checkpoint that verifies."""
+        saved = self.checkpoints.newest()
+        if saved is None:
+            return
+        if saved.facts.get("plan") != self.plan.identity_digest():
+            raise RunError("this checkpoint was saved by another run", where=str(saved.path))
+        load_adapter(self.model.transformer, saved.adapter)
+        self.optimizer.load_state(saved.optimizer)
+        self.start = saved.step
+        self.emit(Resumed(saved.step, str(saved.path), saved.refused))
+
+    def train(self) -> None:
+        """Train to the plan's end, or to a stop, which saves and raises Stopped."""
+        began = time.monotonic()
+        self.sample(self.start)
+        step = self.start
+        if step >= self.plan.steps:
+            self.emit(Note(f"all {step} steps are done; raise run.steps to go on"))
+            self.hand_over(step)
+        elif not self.stop.requested:
+            self.emit(PhaseStarted("train", self.plan.steps, f"from step {step}"))
+            step = train(
+                self.plan, self.model, self.batches, self.optimizer, step, self.emit, self.stop, self.after_step
+            )
+            self.emit(PhaseEnded("train", time.monotonic() - began))
+        outcome = "stopped" if step < self.plan.steps else "finished"
+        if step > self.start and not self.checkpoints.path(step).exists():
+            self.save(step)
+        if step > self.start or not self.home.loss_curve.exists():
+            draw(self.home.events, self.home.loss_curve)
+        self.emit(RunEnded(outcome, step, time.monotonic() - began))
+        if self.stop.requested:
+            raise Stopped(
+                self.stop.signal_number, f"{outcome} at step {step} of {self.plan.steps}",
+                remedy="Start the same command again to continue." if outcome == "stopped" else "",
+            )  # fmt: skip
+
+    def after_step(self, step: int) -> None:
+        """What follows an update: saving first, so that a fault in sampling costs nothing."""
+        if self.plan.saves_at(step):
+            self.save(step)
+            draw(self.home.events, self.home.loss_curve)
+        if step == self.plan.steps:
+            self.hand_over(step)
+        self.sample(step)
+
+    def hand_over(self, step: int) -> None:
+        """The run's result: the LoRA file that other programs load."""
+        self.emit(LoraExported(str(self.home.lora), self.export(self.home.lora, step), step))
+
+    def save(self, step: int) -> None:
+        """A checkpoint of this step; a step that is saved already stays as it is."""
+        began = time.monotonic()
+        facts = {"plan": self.plan.identity_digest(), "attempt": self.attempt, "ltxforge": __version__}
+        adapter = adapter_parameters(self.model.transformer)
+        path = self.checkpoints.save(
+            step, adapter, self.optimizer.state(), lambda target: self.export(target, step), facts
+        )
+        size = sum(file.stat().st_size for file in path.iterdir())
+        self.emit(CheckpointSaved(step, str(path), size, time.monotonic() - began))
+
+    def export(self, path: Path, step: int) -> int:
+        """The LoRA file of the adapter as it is now; returns its size in bytes."""
+        plan, lora = self.plan, self.plan.lora
+        facts = provenance(
+            {
+                "name": plan.name, "base": plan.model.base, "version": plan.model.version, "step": step,
+                "rank": lora.rank, "alpha": lora.alpha, "rslora": lora.rslora, "alpha_folded": True,
+                "targets": lora.targets, "plan": plan.identity_digest(), "ltxforge": __version__,
+                "shapes": [str(bucket.shape) for bucket in plan.data.buckets],
+            }
+        )  # fmt: skip
+        transformer = self.model.transformer
+        scaling = adapter_scaling(transformer)
+        return export(path, adapter_parameters(transformer), scaling, lora.save_precision, facts)
+
+    def sample(self, step: int) -> None:
+        """Validation samples, if this step has some that are not there yet."""
+        folder = self.home.samples / f"step-{step:06d}"
+        due = [prompt for prompt in self.plan.validation.prompts if not (folder / f"{prompt.name}.png").exists()]
+        if not due or not self.plan.validates_at(step) or self.stop.requested:
+            return
+        plan = dataclasses.replace(self.plan, validation=dataclasses.replace(self.plan.validation, prompts=tuple(due)))
+        captions = encode.validation_captions(plan)
+        prompts = {text: encode.read_prompt(plan, self.cache, text, self.model.text_dtype) for text in captions}
+        validate(plan, self.model, prompts, step, self.home.samples, self.emit, self.stop)
