@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import av
@@ -85,6 +87,24 @@ def test_shipped_recipes_run(recipe, here, clips):
     assert list(last_per_step(read_events(home / "events.jsonl"))) == [1, 2, 3]
     assert "finished" in shown
     assert sorted(path.name for path in (home / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+
+
+@pytest.mark.sweep
+def test_the_quickstart_takes_less_than_two_minutes(tmp_path, record_property):
+    """The README's promise, as a user runs it: a process of its own, nothing cached, nothing overridden."""
+    command = [sys.executable, "-m", "ltxforge", "run", str(ROOT / "recipes/quickstart.toml")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("OMP_NUM_THREADS", None)
+    began = time.perf_counter()
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - began
+    record_property("count", f"quickstart: {seconds:.0f} s")
+    assert result.returncode == 0, result.stderr
+    assert seconds < 120
+    home = tmp_path / "runs/quickstart"
+    losses = [event["loss"] for event in last_per_step(read_events(home / "events.jsonl")).values()]
+    assert len(losses) == 200 and sum(losses[-20:]) < 0.75 * sum(losses[:20])
+    assert (home / "lora.safetensors").exists() and (home / "samples/step-000200/red-disc.mp4").exists()
 
 
 def test_the_exported_file_samples_what_the_trainer_samples(here):
