@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jsonschema
@@ -82,27 +81,28 @@ def test_editors_see_the_mistake_too(name: str) -> None:
 
 
 def test_no_torch_and_soon() -> None:
-    """A new process imports, parses and refuses without torch, in well under half a second."""
+    """A new process imports, parses and refuses without torch, in well under half a second.
+
+    Judged by the processor's time, the interpreter's start included: other tests share the cores.
+    """
     program = (
-        "import sys, time; begun = time.perf_counter()\n"
+        "import sys, time\n"
         "from ltxforge.recipe.parse import load\n"
         "from ltxforge.errors import RecipeError\n"
         "load(sys.argv[1])\n"
         "try: load(sys.argv[1], ['lora.rnk=3', 'dataset.frames=48'])\n"
         "except RecipeError: pass\n"
         "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'av', 'PIL', 'rich'} & sys.modules.keys()\n"
-        "print(time.perf_counter() - begun, *heavy)"
+        "print(time.process_time(), *heavy)"
     )
     command = [sys.executable, "-c", program, str(SHIPPED[0])]
     runs = []
     for _ in range(3):
-        begun = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
         seconds, *heavy = done.stdout.split()
         assert not heavy
-        runs.append((float(seconds), time.perf_counter() - begun))
-    assert min(inside for inside, _ in runs) < 0.4
-    assert min(whole for _, whole in runs) < 0.5
+        runs.append(float(seconds))
+    assert min(runs) < 0.4, runs
 
 
 @pytest.mark.parametrize("key", sorted(load(RICH).said))
