@@ -42,6 +42,7 @@ class ClipJudged(Event):
     reason: str = ""
     warnings: tuple[str, ...] = ()
     samples: int = 0
+    dataset: str = ""
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def _missing(kind: str) -> tuple[str, ...]:
     """What this device or installation lacks, one line each, for the plan."""
     lines = []
     if kind == "cpu":
-        lines.append("no GPU: computes on the CPU in fp32, which is only meant for tiny models and tests")
+        lines.append("no GPU: computes on the CPU, which is only meant for tiny models and tests")
     if kind == "mps":
         lines.append("Apple GPU: no Triton, bitsandbytes or SageAttention; plain PyTorch is used")
     return tuple(lines)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import IO
 
+from ltxforge.durable import make_folder
 from ltxforge.errors import RunError
 
 if sys.platform == "win32":
@@ -38,7 +39,7 @@ class RunLock:
         self._file: IO[str] | None = None
 
     def __enter__(self) -> RunLock:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         file = self.path.open("a+", encoding="utf-8")
         try:
             _try_lock(file)

@@ -12,6 +12,7 @@ import json
 import math
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -65,10 +66,13 @@ class ModelPlan:
 class DevicePlan:
     """The machine's part. `kind` is cuda, rocm, mps or cpu; `exactness` is "exact" or "statistical".
 
+    `precision` is the base's and the activations', `encoder_precision` the VAE's and the text encoder's.
+
     A run may go on on another device or version, but then no longer bit for bit: the resume says so.
     """
 
     precision: str
+    encoder_precision: str = free()
     kind: str = free()
     attention: str = free()
     exactness: str = free()
@@ -162,7 +166,8 @@ class LoraPlan:
 class OptimizerPlan:
     """Optimiser and learning-rate schedule; steps are optimiser updates.
 
-    `decay_steps` is the step at which the schedule reaches its end: the run's length when the run was first planned.
+    `decay_steps` is the step at which the schedule reaches its end: the run's length when the run was first planned,
+    or what the recipe says, which may stretch it later.
     """
 
     name: str
@@ -172,7 +177,7 @@ class OptimizerPlan:
     weight_decay: float
     schedule: str
     warmup_steps: int
-    decay_steps: int
+    decay_steps: int = free()
     end_fraction: float
     power: float
 
@@ -388,10 +393,12 @@ def _what_changed(was: list[SamplePlan], now: list[SamplePlan]) -> str:
 
 def _by_clip(samples: Iterable[SamplePlan], known: Iterable[SamplePlan]) -> dict[str, list[SamplePlan]]:
     """The samples that are not among the known ones, by their file's name, which alone is no difference."""
-    ones = {json.dumps(identity(sample)) for sample in known}
+    left = Counter(json.dumps(identity(sample)) for sample in known)
     found: dict[str, list[SamplePlan]] = {}
     for sample in samples:
-        if json.dumps(identity(sample)) in ones:
+        text = json.dumps(identity(sample))
+        if left[text]:
+            left[text] -= 1
             continue
         found.setdefault(PurePath(sample.path).name, []).append(sample)
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ltxforge.errors import PlanError
@@ -31,6 +32,7 @@ from ltxforge.plan import (
     SamplePlan,
     TrainingPlan,
     ValidationPlan,
+    learning_rate_at,
 )
 from ltxforge.recipe.rules import dataset_id
 from ltxforge.recipe.schema import Dataset, Prompt, Recipe, parse_size
@@ -72,7 +74,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     data = _data(recipe, facts)
     per_epoch = batches_per_epoch(data, recipe.training.batch_size) / recipe.training.accumulate
     steps = recipe.run.steps or max(1, math.ceil((recipe.run.epochs or 1) * per_epoch))
-    lora = _lora(recipe)
+    lora, optimizer = _lora(recipe), _optimizer(recipe, facts.hardware, steps, facts.previous)
     prompt_tokens = recipe.conditioning.prompt_tokens or facts.spec.default_prompt_tokens
     every = recipe.checkpoint.every or min(250, steps)
     return Plan(
@@ -89,7 +91,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
             recipe.conditioning.first_frame, recipe.conditioning.caption_dropout, prompt_tokens
         ),
         lora=lora,
-        optimizer=_optimizer(recipe, facts.hardware, steps, facts.previous),
+        optimizer=optimizer,
         training=_training(recipe),
         memory=MemoryPlan(_checkpointing(recipe, facts.hardware)),
         checkpoint=CheckpointPlan(every, recipe.checkpoint.keep),
@@ -97,7 +99,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         directory=facts.directory,
         resume=recipe.run.resume,
         estimates=_estimates(recipe, facts, data, lora, prompt_tokens),
-        notes=_notes(recipe, facts, data, steps),
+        notes=_notes(recipe, facts, data, optimizer, steps),
         origins=_origins(recipe, facts),
     )
 
@@ -124,7 +126,8 @@ def _data(recipe: Recipe, facts: Facts) -> DataPlan:
             "no usable clip, so there is nothing to train on", where=folders,
             remedy="The verdict of each clip says why. Shorter `frames` or a smaller `resolution` let more clips in.",
         )  # fmt: skip
-    samples.sort(key=lambda s: (s.clip, s.dataset, s.shape, s.fps, s.start_seconds, s.caption))
+    # By content first: names and places of folders must not decide the order of what is otherwise the same.
+    samples.sort(key=lambda s: (s.clip, s.shape, s.fps, s.start_seconds, s.caption, s.repeats, s.dataset, s.path))
     counts: dict[tuple[ClipShape, float], int] = {}
     for sample in samples:
         counts[sample.shape, sample.fps] = counts.get((sample.shape, sample.fps), 0) + sample.repeats
@@ -136,11 +139,11 @@ def _data(recipe: Recipe, facts: Facts) -> DataPlan:
 
 
 def _device(recipe: Recipe, hardware: Hardware, previous: Plan | None) -> DevicePlan:
-    """A run that goes on elsewhere keeps its precision, unless the recipe says another."""
+    """A run that goes on elsewhere keeps its precisions, unless the recipe says another, and with them its cache."""
     usual = "bf16" if hardware.has_bf16 else "fp32"
     precision = recipe.training.precision or (previous.device.precision if previous else usual)
     if previous is not None and (changes := _changes(previous, hardware)):
-        exactness, reason = "statistical", f"another machine than before: {'; '.join(changes)}"
+        exactness, reason = "statistical", f"changed since this run began: {'; '.join(changes)}"
     elif previous is not None and previous.device.exactness == "statistical":
         exactness, reason = "statistical", previous.device.exactness_reason
     elif hardware.kind == "cpu":
@@ -150,9 +153,10 @@ def _device(recipe: Recipe, hardware: Hardware, previous: Plan | None) -> Device
             "statistical",
             "PyTorch's fused attention adds gradients in a varying order on GPUs; draws and data order are exact",
         )
+    encoders = previous.device.encoder_precision if previous else "fp32" if hardware.kind == "cpu" else "bf16"
     return DevicePlan(
-        precision=precision, kind=hardware.kind, attention="PyTorch SDPA", exactness=exactness,
-        exactness_reason=reason, name=hardware.name, versions=dict(hardware.versions),
+        precision=precision, encoder_precision=encoders, kind=hardware.kind, attention="PyTorch SDPA",
+        exactness=exactness, exactness_reason=reason, name=hardware.name, versions=dict(hardware.versions),
     )  # fmt: skip
 
 
@@ -175,7 +179,9 @@ def _lora(recipe: Recipe) -> LoraPlan:
 
 
 def _optimizer(recipe: Recipe, hardware: Hardware, steps: int, previous: Plan | None) -> OptimizerPlan:
-    """The schedule's length is fixed when the run is first planned: raising `steps` later only lengthens its end."""
+    """The schedule's length is fixed when the run is first planned, unless the recipe says it: `steps` may be raised
+    later without changing the rate of a step that is planned already.
+    """
     optimizer = recipe.optimizer
     if optimizer.name == "adamw-8bit" and "bitsandbytes" not in hardware.packages:
         raise PlanError(
@@ -189,6 +195,13 @@ def _optimizer(recipe: Recipe, hardware: Hardware, steps: int, previous: Plan | 
         decay_steps = previous.optimizer.decay_steps
         if optimizer.warmup_steps is None:
             warmup = previous.optimizer.warmup_steps
+    decay_steps = optimizer.decay_steps or decay_steps
+    if optimizer.schedule != "constant" and optimizer.end_fraction == 0 and steps > decay_steps:
+        raise PlanError(
+            f"the {optimizer.schedule} schedule reaches learning rate 0 at step {decay_steps}: the steps from there to"
+            f" {steps} would change nothing",
+            remedy=f"Stretch it over them with optimizer.decay_steps = {steps}, or stop at step {decay_steps}.",
+        )
     if warmup >= steps:
         raise PlanError(
             f"optimizer.warmup_steps = {warmup} is not below the run's {steps} steps: it would never leave warm-up",
@@ -238,7 +251,7 @@ def _validation(recipe: Recipe, facts: Facts, save_every: int) -> ValidationPlan
     def planned(entry: Prompt) -> PromptPlan:
         width, height = parse_size(entry.resolution or section.resolution or first.resolution)
         return PromptPlan(
-            name=entry.name, prompt=entry.prompt, image=entry.image or "",
+            name=entry.name, prompt=entry.prompt, image=str(Path(entry.image).expanduser()) if entry.image else "",
             negative_prompt=section.negative_prompt if entry.negative_prompt is None else entry.negative_prompt,
             shape=ClipShape(width, height, entry.frames or section.frames or first.frames),
             fps=entry.fps or section.fps or first.fps or facts.spec.default_fps,
@@ -280,7 +293,7 @@ def _download_bytes(model: ModelPlan) -> int:
     return sum({(part.repository, part.revision, part.inside): part.bytes for part in absent}.values())
 
 
-def _notes(recipe: Recipe, facts: Facts, data: DataPlan, steps: int) -> tuple[str, ...]:
+def _notes(recipe: Recipe, facts: Facts, data: DataPlan, optimizer: OptimizerPlan, steps: int) -> tuple[str, ...]:
     notes = [*facts.warnings, *facts.hardware.missing]
     layers = match(recipe.lora.targets, facts.spec).layers
     notes += [f"the LoRA file's {layer} is not read by {why}" for layer, why in unread(layers).items()]
@@ -296,13 +309,12 @@ def _notes(recipe: Recipe, facts: Facts, data: DataPlan, steps: int) -> tuple[st
         notes.append(f"a step of {accumulate} micro-batches goes over the data's {micro_batches} more than once")
     if facts.spec.distilled and recipe.validation.guidance not in (None, 1, 1.0):
         notes.append("distilled weights are made for guidance 1; higher values give burnt pictures")
-    if facts.previous is not None and steps > facts.previous.steps:
-        kept = facts.previous.optimizer
-        if kept.schedule != "constant":
-            notes.append(
-                f"steps were raised from {facts.previous.steps} to {steps}: the {kept.schedule} schedule still ends at"
-                f" step {kept.decay_steps} and stays at its end value after it"
-            )
+    if optimizer.schedule != "constant" and optimizer.decay_steps != steps:
+        rate = learning_rate_at(optimizer, steps)
+        notes.append(
+            f"the {optimizer.schedule} schedule ends at step {optimizer.decay_steps} and the run at step {steps}, with"
+            f" learning rate {rate:.3g}"
+        )
     return tuple(notes)
 
 

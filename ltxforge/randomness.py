@@ -1,4 +1,4 @@
-"""Nothing random is consumed; everything is addressed by (seed, purpose, step, index).
+"""Random draws by address (seed, purpose, step, index): nothing random is consumed.
 
 A draw is a pure function of its address, so an interrupted run, another worker count or a validation in between
 changes nothing, and there is no random state to save. This module makes the addresses; whoever draws builds a

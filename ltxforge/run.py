@@ -1,4 +1,4 @@
-"""A whole run, in order: recipe → plan → dataset → model → session. The map of the program, in code."""
+"""A whole run, in order: facts → plan → model → dataset → session. The map of the program, in code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from ltxforge.checkpoint import Checkpoints
 from ltxforge.dataset import encode
 from ltxforge.dataset.cache import Cache
 from ltxforge.distributed import refuse_several_processes
@@ -54,8 +53,12 @@ def run(parsed: Parsed, out: Path | None, screen: Screen) -> None:
         Dispatcher([screen, log]) as emit,
         failures_logged(log),
     ):
-        plan = settle_plan(parsed, where, screen, emit, stop)
-        model = load_model(plan.model, torch_device(plan.device.kind), torch_dtype(plan.device.precision))
+        plan = settle_plan(parsed, where, screen, log, emit, stop)
+        encoders = torch_dtype(plan.device.encoder_precision)
+        model = load_model(
+            plan.model, torch_device(plan.device.kind), torch_dtype(plan.device.precision), vae_dtype=encoders,
+            text_dtype=encoders,
+        )  # fmt: skip
         cache = Cache(Path(plan.cache.directory), emit)
         cache.sweep()
         data = settle_data(plan, model, cache, emit, stop)
@@ -72,13 +75,15 @@ def plan_only(parsed: Parsed, out: Path | None, screen: Screen) -> None:
         show_plan(plan, screen)
         if saved is not None:
             home.require_same_run(saved, plan)
-            done = Checkpoints(where.run, keep=2).steps()[-1]
+            refuse_if_never(parsed, where)
+            done = home.last_step()
             emit(Note(f"this run is at step {done}; `run` continues it{_time_left(home, plan.steps - done)}"))
 
 
 def _time_left(home: RunDirectory, steps: int) -> str:
     """How long the remaining steps take at the pace of those that the run has made."""
-    seconds = [event["seconds"]["step"] for event in last_per_step(read_events(home.events)).values()]
+    timed = [event.get("seconds", {}).get("step") for event in last_per_step(read_events(home.events)).values()]
+    seconds = [second for second in timed if isinstance(second, float)]
     if not steps or not seconds:
         return ""
     pace = statistics.median(seconds)
@@ -105,21 +110,32 @@ def failures_logged(log: EventLog) -> Iterator[None]:
         raise told from error
 
 
-def settle_plan(parsed: Parsed, where: Places, screen: Screen, emit: Emit, stop: StopRequest) -> Plan:
-    """Gather facts, decide, compare with the run that is there, fetch weights, print and save the plan."""
-    home = RunDirectory(where.run)
-    home.sweep()
-    saved = home.saved_plan()
-    if saved is not None and parsed.recipe.run.resume == "never":
+def refuse_if_never(parsed: Parsed, where: Places) -> None:
+    """Raise RunError for a directory with a run in it if the recipe forbids to continue it."""
+    if parsed.recipe.run.resume == "never":
         raise RunError(
             'this directory has a run in it, and run.resume = "never" forbids to continue it', where=str(where.run),
             remedy="Start with --out another/directory, or leave run.resume out to continue.",
         )  # fmt: skip
+
+
+def settle_plan(
+    parsed: Parsed, where: Places, screen: Screen, log: EventLog, emit: Emit, stop: StopRequest
+) -> Plan:  # fmt: skip
+    """Gather facts, decide, compare with the run that is there, fetch weights, print and save the plan."""
+    home = RunDirectory(where.run)
+    home.sweep()
+    saved = home.saved_plan()
+    if saved is not None:
+        refuse_if_never(parsed, where)
     plan = make_plan(parsed.recipe, gather(parsed, where, saved, emit, stop))
     if saved is not None:
         home.require_same_run(saved, plan)
         if plan.device.exactness_reason != saved.device.exactness_reason:
             emit(Note(f"not bit for bit from here on: {plan.device.exactness_reason}", "warning"))
+    if home.is_false_start_of_another(plan):
+        home.clear()
+        log.begin_anew()
     show_plan(plan, screen)
     plan = dataclasses.replace(plan, model=fetch(plan.model, emit, stop))
     home.save_plan(plan, parsed.text, parsed.overrides)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ltxforge.checkpoint import Checkpoints
-from ltxforge.durable import sweep_leftovers, write_file, write_json
+from ltxforge.durable import retire, sweep_leftovers, write_file, write_json
 from ltxforge.errors import RunError
 from ltxforge.plan import FORMAT, Plan, differences, from_json, to_json
 from ltxforge.printable import printable
@@ -63,7 +63,11 @@ class RunDirectory:
 
     def has_run(self) -> bool:
         """Whether training has saved anything here."""
-        return bool(Checkpoints(self.path, keep=2).steps())
+        return self.last_step() > 0
+
+    def last_step(self) -> int:
+        """The step of the newest checkpoint, whether or not it verifies; 0 if there is none."""
+        return max(Checkpoints(self.path, keep=2).steps(), default=0)
 
     def saved_plan(self) -> Plan | None:
         """The plan of the run that is here; None if training has saved nothing yet, so that nothing can be lost.
@@ -84,6 +88,24 @@ class RunDirectory:
                 remedy="Use the version of ltxforge that made this run, or give this run another directory with --out.",
             ) from error  # fmt: skip
 
+    def is_false_start_of_another(self, plan: Plan) -> bool:
+        """Whether another run began here and ended before it saved anything: what it left is none of this one's."""
+        path = self.path / "plan.json"
+        if self.has_run() or not path.exists():
+            return False
+        try:
+            other = from_json(Plan, json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return True
+        same_samples = other.validation.prompts == plan.validation.prompts
+        return other.identity_digest() != plan.identity_digest() or not same_samples
+
+    def clear(self) -> None:
+        """Remove the samples and pictures of a false start."""
+        for path in (self.samples, self.loss_curve):
+            if path.exists():
+                retire(path)
+
     def sweep(self) -> None:
         """Remove what killed processes left half written. Only for the holder of the run's lock."""
         for folder in (self.path, self.path / "checkpoints", *self.samples.glob("*/")):
@@ -99,7 +121,7 @@ class RunDirectory:
                 " (run.steps, checkpoint.* and validation.* may change freely.)",
             )  # fmt: skip
 
-        if plan.steps < (done := Checkpoints(self.path, keep=2).steps()[-1]):
+        if plan.steps < (done := self.last_step()):
             raise RunError(
                 f"this run is at step {done} already, and the recipe wants {plan.steps} steps", where=str(self.path),
                 remedy=f"Give it {done} steps or more, or train a shorter one with --out another/directory.",

@@ -1,6 +1,6 @@
-"""A run that is ready to train: its transformer with the adapter in it, its batches, its optimiser and its directory.
+"""A run ready to train: restores, saves, samples and hands over around the trainer's loop.
 
-Decides when to save, sample and hand over, as the plan says; the loop itself is the trainer's.
+Holds transformer and adapter, batches, optimiser and directory together; when it does what is the plan's to say.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Session:
     emit: Emit
     stop: StopRequest
     start: int = 0
+    saved: int = 0
 
     def __post_init__(self) -> None:
         self.home = RunDirectory(Path(self.plan.directory))
@@ -79,10 +80,13 @@ class Session:
         if saved is None:
             return
         if saved.facts.get("plan") != self.plan.identity_digest():
-            raise RunError("this checkpoint was saved by another run", where=str(saved.path))
+            raise RunError(
+                "this checkpoint was saved by another run", where=str(saved.path),
+                remedy="Move it away, or give this run another directory with --out.",
+            )  # fmt: skip
         load_adapter(self.model.transformer, saved.adapter)
         self.optimizer.load_state(saved.optimizer)
-        self.start = saved.step
+        self.start = self.saved = saved.step
         self.emit(Resumed(saved.step, str(saved.path), saved.refused))
 
     def train(self) -> None:
@@ -100,7 +104,7 @@ class Session:
             )
             self.emit(PhaseEnded("train", time.monotonic() - began))
         outcome = "stopped" if step < self.plan.steps else "finished"
-        if step > self.start and not self.checkpoints.path(step).exists():
+        if step > self.saved:
             self.save(step)
         if step > self.start or not self.home.loss_curve.exists():
             draw(self.home.events, self.home.loss_curve)
@@ -133,6 +137,7 @@ class Session:
             step, adapter, self.optimizer.state(), lambda target: self.export(target, step), facts
         )
         size = sum(file.stat().st_size for file in path.iterdir())
+        self.saved = step
         self.emit(CheckpointSaved(step, str(path), size, time.monotonic() - began))
 
     def export(self, path: Path, step: int) -> int:

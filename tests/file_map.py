@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "## File map\n"
-LONGEST = 96
+LONGEST = 115
 
 
 def first_sentence(path: Path) -> str:

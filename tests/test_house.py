@@ -28,6 +28,7 @@ BESIDE = {
     ("errors", "printable"),
     ("durable", "errors"),
     ("digests", "durable"),
+    ("lock", "durable"),
     ("lock", "errors"),
     ("recipe", "specs"),
     ("dataset", "models"),

@@ -111,14 +111,29 @@ def test_only_good_clips_become_samples():
         plan_for(found=[dataclasses.replace(clip, verdict="rejected", reason="broken") for clip in clips(2)])
 
 
+COSINE = MINIMAL + '[optimizer]\nschedule = "cosine"\nend_fraction = 0.1\n'
+
+
 def test_raising_steps_keeps_the_first_plan_s_schedule():
-    text = MINIMAL + '[optimizer]\nschedule = "cosine"\n'
-    first = plan_for(text)
-    second = plan_for(text.replace("1000", "2000"), previous=first)
+    first = plan_for(COSINE)
+    second = plan_for(COSINE.replace("1000", "2000"), previous=first)
     assert second.optimizer == first.optimizer and second.steps == 2000
     assert second.identity_digest() == first.identity_digest()
-    assert any("still ends at step 1000" in note for note in second.notes)
-    assert plan_for(text.replace("1000", "2000")).optimizer.decay_steps == 2000
+    assert any("schedule ends at step 1000 and the run at step 2000" in note for note in second.notes)
+    assert plan_for(COSINE.replace("1000", "2000")).optimizer.decay_steps == 2000
+    shorter = plan_for(COSINE.replace("1000", "400"), previous=first)
+    assert any("the run at step 400, with learning rate" in note for note in shorter.notes)
+
+
+def test_steps_at_rate_0_are_refused_and_the_schedule_can_be_stretched():
+    to_zero = COSINE.replace("end_fraction = 0.1\n", "")
+    first = plan_for(to_zero)
+    longer = to_zero.replace("1000", "2000")
+    with pytest.raises(PlanError, match=r"learning rate 0 at step 1000.*\n.*decay_steps = 2000"):
+        plan_for(longer, previous=first)
+    stretched = plan_for(longer + "decay_steps = 2000\n", previous=first)
+    assert stretched.identity_digest() == first.identity_digest()
+    assert stretched.learning_rate_at(1500) > 0
 
 
 def test_warm_up_longer_than_epochs_allow_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -20,7 +21,8 @@ from diffusers import LTXConditionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from ltxforge import run
+from ltxforge import hardware, run, session
+from ltxforge.dataset import encode
 from ltxforge.errors import DataError, PlanError, RecipeError, RunError
 from ltxforge.lora.inject import inject, load_adapter
 from ltxforge.lora.targets import match
@@ -241,9 +243,50 @@ def test_a_rope_that_is_not_the_version_s_own_can_be_sampled(here):
 
 def test_a_run_inside_the_clips_folder_does_not_take_its_samples_for_clips(clips, monkeypatch):
     monkeypatch.chdir(clips)
+    settings = [*SMALL, "dataset.0.path=.", "validation.every=1", "optimizer.schedule=constant"]
     for steps in (2, 3):
-        start(ROOT / "recipes/quickstart.toml", *SMALL, "dataset.0.path=.", f"run.steps={steps}", "validation.every=1")
+        start(ROOT / "recipes/quickstart.toml", *settings, f"run.steps={steps}")
     assert len({sample.path for sample in plan_of(clips / "runs/quickstart").data.samples}) == 6
+
+
+def test_a_run_that_moves_keeps_its_data_and_says_that_bits_may_differ(here, clips, monkeypatch):
+    """As from a machine whose torch is another: the same clips, other versions."""
+    start(ROOT / "recipes/quickstart.toml", *SMALL, "dataset.0.path=clips", "validation.every=0")
+    real = hardware.detect()
+    elsewhere = dataclasses.replace(real, has_bf16=True, versions={**real.versions, "torch": "9.9.9"})
+    monkeypatch.setattr(hardware, "detect", lambda: elsewhere)
+    settings = [*SMALL, "dataset.0.path=clips", "validation.every=0", "run.steps=4", "optimizer.decay_steps=4"]
+    shown = start(ROOT / "recipes/quickstart.toml", *settings)
+    assert "not bit for bit from here on" in shown and "9.9.9" in shown and "finished" in shown
+    plan = plan_of(here / "runs/quickstart")
+    assert (plan.device.precision, plan.device.encoder_precision, plan.device.exactness) == (
+        "fp32",
+        "fp32",
+        "statistical",
+    )
+
+
+def test_data_that_is_encoded_anew_is_the_same_data(here, clips, monkeypatch):
+    """A release that encodes differently raises the version: every entry is made anew, and the run goes on."""
+    start(ROOT / "recipes/quickstart.toml", *SMALL, "dataset.0.path=clips", "validation.every=0")
+    monkeypatch.setattr(encode, "LATENTS_VERSION", encode.LATENTS_VERSION + 1)
+    settings = [*SMALL, "dataset.0.path=clips", "validation.every=0", "run.steps=4", "optimizer.decay_steps=4"]
+    assert "finished" in start(ROOT / "recipes/quickstart.toml", *settings)
+
+
+def test_a_false_start_leaves_nothing_to_the_next_run(here, monkeypatch):
+    """Stopped before its first checkpoint, then started with another seed: no old sample, no old loss."""
+    settings = [*SMALL, "validation.at_start=true", "checkpoint.every=100", "run.steps=5", "optimizer.warmup_steps=0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "train", lambda *_arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            start(ROOT / "recipes/quickstart.toml", *settings)
+    sheet = here / "runs/quickstart/samples/step-000000/red-disc.png"
+    before = sheet.read_bytes()
+    start(ROOT / "recipes/quickstart.toml", *settings, "run.seed=7", "validation.seed=8")
+    assert sheet.read_bytes() != before
+    plans = [event for event in read_events(here / "runs/quickstart/events.jsonl") if event["event"] == "PlanMade"]
+    assert [event["plan"]["seed"] for event in plans] == [7]
 
 
 def test_overrides_are_kept_with_the_recipe(here):

@@ -19,14 +19,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ltxforge.dataset.cache import Cache, Key, key_text
+from ltxforge.dataset.cache import Cache, Entry, Key, key_text
 from ltxforge.dataset.memo import CLIP_DIGESTS
 from ltxforge.digests import FileDigests
 from ltxforge.errors import DataError, Stopped
 from ltxforge.events import ClipJudged, Emit, Note, PhaseAdvanced, PhaseEnded, PhaseStarted
 from ltxforge.media.decode import RESIZE, DecodeError, decode
 from ltxforge.models.interface import Latents, PromptEmbeddings
-from ltxforge.plan import Plan, SamplePlan
+from ltxforge.plan import Plan, SamplePlan, identity
 from ltxforge.signals import StopRequest
 
 # Raised by hand when an encoding changes meaning; tests/dataset/test_encode.py holds the values they guard.
@@ -59,8 +59,8 @@ class CachedSample:
 
     @property
     def identity(self) -> str:
-        """Which data this is, whatever bits the encoders gave."""
-        return hashlib.sha256((key_text(self.latents_key) + key_text(self.prompt_key)).encode()).hexdigest()
+        """Which data this is, whatever encoded it and whatever bits that gave."""
+        return hashlib.sha256(key_text(identity(self.sample)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def fill_prompts(plan: Plan, model: Encoders, cache: Cache, emit: Emit, stop: St
     captions = sorted({"", *(s.caption for s in plan.data.samples), *validation_captions(plan)})
     phase = _Phase("prompts", len(captions), emit, stop)
     keys = {caption: prompt_key(plan, caption, model.text_dtype) for caption in captions}
-    found = {caption: entry for caption, key in keys.items() if (entry := cache.read("prompts", key))}
+    found = {caption: _short(entry) for caption, key in keys.items() if (entry := cache.read("prompts", key))}
     phase.advance(len(found), "already cached")
     missing = [caption for caption in captions if caption not in found]
     if missing:
@@ -146,13 +146,18 @@ def fill_prompts(plan: Plan, model: Encoders, cache: Cache, emit: Emit, stop: St
                 part = missing[start : start + PROMPTS_AT_ONCE]
                 encoded = model.encode_prompts(part, plan.conditioning.prompt_tokens)
                 for caption, prompt in zip(part, encoded, strict=True):
-                    found[caption] = cache.write("prompts", keys[caption], {"embeds": prompt.embeds})
+                    found[caption] = _short(cache.write("prompts", keys[caption], {"embeds": prompt.embeds}))
                 phase.advance(len(part))
     limit = plan.conditioning.prompt_tokens
-    if at_limit := sum(entry.tensors["embeds"].shape[0] >= limit for entry in found.values()):
+    if at_limit := sum(tokens >= limit for _, tokens in found.values()):
         emit(Note(f"captions that reach the limit of {limit} tokens and may be cut: {at_limit}", "warning"))
     phase.end()
-    return {caption: entry.digest for caption, entry in found.items()}
+    return {caption: digest for caption, (digest, _) in found.items()}
+
+
+def _short(entry: Entry) -> tuple[str, int]:
+    """An entry's digest and number of tokens: ten thousand captions must not be held in memory."""
+    return entry.digest, entry.tensors["embeds"].shape[0]
 
 
 def validation_captions(plan: Plan) -> set[str]:
@@ -188,12 +193,12 @@ def _fill_latents(
             digests[sample] = entry.digest
             phase.advance(1, Path(sample.path).name)
     missing = [sample for sample in plan.data.samples if sample not in digests]
-    failed: dict[str, list[str]] = {}
+    failed: dict[tuple[str, str], list[str]] = {}
     if missing:
         with model.vae():
             for sample, frames in _decoded_ahead(missing, Path(plan.cache.directory) / "memo" / CLIP_DIGESTS):
                 if isinstance(frames, DecodeError):
-                    failed.setdefault(sample.path, []).append(str(frames))
+                    failed.setdefault((sample.dataset, sample.path), []).append(str(frames))
                 else:
                     latents = model.encode_clip(torch.from_numpy(frames))
                     tensors = {"mean": latents.mean}
@@ -207,17 +212,18 @@ def _fill_latents(
 
 
 def _judge_failures(
-    plan: Plan, failed: Mapping[str, list[str]], digests: Collection[SamplePlan], emit: Emit
+    plan: Plan, failed: Mapping[tuple[str, str], list[str]], digests: Collection[SamplePlan], emit: Emit
 ) -> None:  # fmt: skip
     """Verdicts of clips that failed while decoding; too many without a single good window stop the run."""
     lost = []
-    for path, reasons in failed.items():
-        left = sum(sample.path == path for sample in digests)
+    for (dataset, path), reasons in failed.items():
+        left = sum((sample.dataset, sample.path) == (dataset, path) for sample in digests)
         text = f"{len(reasons)} of {left + len(reasons)} windows cannot be decoded: {reasons[0]}"
-        emit(ClipJudged(path, "ok" if left else "rejected", "" if left else text, (text,) if left else (), left))
+        verdict = ("ok", "", (text,)) if left else ("rejected", text, ())
+        emit(ClipJudged(path, *verdict, left, dataset))
         if not left:
             lost.append(f"  {path}: {text}")
-    clips = len({sample.path for sample in plan.data.samples})
+    clips = len({(sample.dataset, sample.path) for sample in plan.data.samples})
     if len(lost) > 1 and len(lost) > plan.data.max_rejected * clips:
         raise DataError(
             f"{len(lost)} of {clips} clips cannot be decoded, more than max_rejected = {plan.data.max_rejected:g}"

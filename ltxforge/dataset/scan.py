@@ -114,7 +114,8 @@ def scan(
                 raise Stopped(stop.signal_number, "stopped while scanning clips", remedy="Nothing was trained yet.")
             clip = _without_duplicate(_judge(path, folder, rules, memo), seen)
             clips.append(clip)
-            emit(ClipJudged(printable(str(path)), clip.verdict, clip.reason, clip.warnings, len(clip.starts)))
+            shown = printable(str(path))
+            emit(ClipJudged(shown, clip.verdict, clip.reason, clip.warnings, len(clip.starts), dataset_id))
             emit(PhaseAdvanced("scan", len(clips), clip.name))
     emit(PhaseEnded("scan", time.monotonic() - began, dataset_id))
     return clips

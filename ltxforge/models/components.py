@@ -71,6 +71,14 @@ def find_all(
             if str(error) not in map(str, wrong):
                 wrong.append(error)
 
+    for name, part in (("transformer", transformer), ("vae", vae)):
+        if part in TINY and part != base:
+            wrong.append(
+                WeightsError(
+                    f"model.{name} = {part!r} is a part of a built-in model, which fits no other",
+                    remedy=f"Leave model.{name} out, or take the whole model: base = {part!r}.",
+                )
+            )
     own = transformer is not None
     attempt(("transformer",), lambda: (_find_tensors(sources, transformer or base, "transformer", own),))
     attempt(("vae",), lambda: (_find_tensors(sources, vae or base, "vae", vae is not None),))

@@ -58,12 +58,17 @@ def plan_model(
         if base in TINY:
             spec, evidence = TINY[base], [f"{base} is built in"]
             _require_claim_of_tiny(spec, version)
+            if not found["transformer"].builtin:
+                _require_consistent(spec, transformer_clues(found["transformer"]))
             _require_fitting_vae(spec, found["vae"])
         else:
-            # A VAE that replaces the base's own says nothing about the transformer: it is checked, not asked.
-            witness = (own_vae(sources, base) if vae else None) or found["vae"]
+            # A VAE that replaces the base's own says nothing about the base's transformer: it is checked, not asked.
+            own = own_vae(sources, base)
+            witness = own if own and vae and not transformer else found["vae"]
             spec, evidence = decide_version(found["transformer"], witness, sources.parse(base), version)
             _require_fitting_vae(spec, found["vae"])
+            if transformer and own and own.vae and own.vae.family != spec.vae_family:
+                pipeline = ""  # the base is of another version than the transformer, and so is its pipeline
         chosen_rope, rope_reason = decide_rope(rope, found["transformer"], pipeline, spec)
         components = {name: component_plan(name, part, spec) for name, part in found.items()}
     return ModelPlan(

@@ -57,29 +57,20 @@ def load_model(
 def _parts(plan: ModelPlan, spec: ModelSpec) -> Parts:
     """How each part is made: from its files, or built in."""
     components = plan.components
-    builtin = tiny_parts(TINY[plan.base]) if plan.base in TINY else None
 
-    def made(name: str, builtin_part: Callable | None, from_files: Callable) -> Callable:
-        if components[name].kind == "builtin" and builtin_part is not None:
-            return builtin_part
-        return from_files
+    def made(name: str, from_files: Callable) -> Callable:
+        component = components[name]
+        if component.kind == "builtin":
+            return getattr(tiny_parts(TINY[component.source]), name)
+        return partial(from_files, _located(component, name))
+
+    def text_encoder(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+        return load_text_encoder(folder, _located(components["tokenizer"], "tokenizer"), device, dtype)
 
     return Parts(
-        transformer=made(
-            "transformer",
-            builtin and builtin.transformer,
-            partial(load_transformer, _located(components["transformer"], "transformer"), spec),
-        ),
-        vae=made("vae", builtin and builtin.vae, partial(load_vae, _located(components["vae"], "vae"))),
-        text_encoder=made(
-            "text_encoder",
-            builtin and builtin.text_encoder,
-            partial(
-                load_text_encoder,
-                _located(components["text_encoder"], "text_encoder"),
-                _located(components["tokenizer"], "tokenizer"),
-            ),
-        ),
+        transformer=made("transformer", lambda path, device, dtype: load_transformer(path, spec, device, dtype)),
+        vae=made("vae", load_vae),
+        text_encoder=made("text_encoder", text_encoder),
         scheduler=partial(load_scheduler, components["scheduler"], spec),
     )
 

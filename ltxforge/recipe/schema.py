@@ -206,6 +206,9 @@ class Optimizer(_Section):
     warmup_steps: Annotated[int, Field(ge=0, le=100_000_000)] | None = Field(
         None, description="Default: 5 % of the steps, at most 100."
     )
+    decay_steps: Count | None = Field(
+        None, description="Step at which a decaying schedule ends; default: the run's length when it was first planned."
+    )
     end_fraction: Share = Field(0.0, description="The decaying schedules end at this share of learning_rate.")
     power: Annotated[float, Field(gt=0, le=10)] = Field(2.0, description="Exponent of the polynomial schedule.")
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
@@ -298,7 +301,7 @@ class Validation(_Section):
     """Samples while training, made with diffusers' own pipelines."""
 
     every: Annotated[int, Field(ge=0, le=100_000_000)] | None = Field(
-        None, description="Steps between samples; 0 never; default: with each checkpoint."
+        None, description="Steps between samples; 0 none while training; default: with each checkpoint."
     )
     at_start: bool = Field(True, description="Also sample the base model before the first step.")
     library: Source | None = Field(None, description="A file of prompts: TOML, or JSON of name -> prompt.")

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ltxforge.durable import make_folder, write_file
 from ltxforge.events import Event, to_json
 
 
@@ -25,9 +26,19 @@ class EventLog:
 
     def __init__(self, path: Path, attempt: int | None = None) -> None:
         self.attempt = next_attempt(path) if attempt is None else attempt
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
+        self._path = path
         self._file = path.open("ab+", buffering=0)
         self._end_torn_line()
+        self._begin = self._file.seek(0, 2)
+
+    def begin_anew(self) -> None:
+        """Drop what stood in the file before this attempt: it was another run's, which never saved anything."""
+        self._file.seek(self._begin)
+        own = self._file.read()
+        self._file.close()
+        write_file(self._path, own)
+        self._file, self._begin = self._path.open("ab+", buffering=0), 0
 
     def __call__(self, event: Event) -> None:
         """Append one event."""

@@ -107,7 +107,11 @@ def _device(plan: Plan) -> list[Row]:
     versions = ", ".join(f"{name} {version}" for name, version in device.versions.items())
     return [
         ("device", f"{device.kind} ({device.name})" if device.name else device.kind, "device"),
-        ("precision", f"{device.precision} base, fp32 adapter", plan.origins.get("training.precision", "")),
+        (
+            "precision",
+            f"{device.precision} base, fp32 adapter, {device.encoder_precision} encoders",
+            plan.origins.get("training.precision", ""),
+        ),
         ("attention", device.attention, "device"),
         ("a resume is", f"{device.exactness}: {device.exactness_reason}", "device"),
         ("processes", number(plan.world_size), "device"),

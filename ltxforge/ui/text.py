@@ -1,4 +1,4 @@
-"""How numbers, times and foreign text are written on every screen. Torch-free; knows no event and no terminal."""
+"""How numbers and times are written on every screen. Torch-free; knows no event and no terminal."""
 
 from __future__ import annotations
 

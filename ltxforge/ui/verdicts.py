@@ -21,23 +21,23 @@ STYLES = {"rejected": "red", "dropped": "yellow", "ok": "green"}
 
 
 class Verdicts:
-    """A consumer that keeps the last verdict of each clip, in the order in which the clips were first judged."""
+    """A consumer that keeps the last verdict of each dataset's clips, in the order in which they were first judged."""
 
     def __init__(self) -> None:
-        self._by_path: dict[str, ClipJudged] = {}
+        self._found: dict[tuple[str, str], ClipJudged] = {}
 
     def __call__(self, event: Event) -> None:
         """Take in one event; all but `ClipJudged` are ignored."""
         if isinstance(event, ClipJudged):
-            self._by_path[event.path] = event
+            self._found[event.dataset, event.path] = event
 
     def __bool__(self) -> bool:
-        return bool(self._by_path)
+        return bool(self._found)
 
     @property
     def judged(self) -> list[ClipJudged]:
         """The verdicts."""
-        return list(self._by_path.values())
+        return list(self._found.values())
 
 
 def verdict_table(judged: Sequence[ClipJudged], list_ok: int = 20) -> RenderableType:

@@ -21,7 +21,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, LTXConditionPipeline, LTX
 from PIL import Image
 from torch import Tensor
 
-from ltxforge.durable import inside
+from ltxforge.durable import inside, make_folder
 from ltxforge.errors import LtxforgeError
 from ltxforge.events import Emit, Note, PhaseAdvanced, PhaseEnded, PhaseStarted, SampleReady
 from ltxforge.media.decode import read_image
@@ -94,7 +94,7 @@ def _sample_to_files(
     began = time.perf_counter()
     made = sample(model, prompt, prompts, plan.conditioning.prompt_tokens, on_step, stop)
     video, sheet = folder / f"{prompt.name}.mp4", folder / f"{prompt.name}.png"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_video(video, made.frames, prompt.fps)
     write_contact_sheet(sheet, made.frames, prompt.fps, SheetText(prompt.name, prompt.prompt, _facts(prompt, step)))
     return SampleReady(step, prompt.name, str(video), str(sheet), time.perf_counter() - began)

@@ -150,6 +150,22 @@ def test_a_vae_that_replaces_the_base_s_own_is_checked_and_not_asked(tiny_folder
     assert plan_model(base=str(tiny_folder()), vae=str(tiny_folder()), version="0.9.5").version == "0.9.5"
 
 
+@pytest.mark.parametrize("version", ["0.9.0", "0.9.1", "0.9.5"])
+@pytest.mark.parametrize("base", ["0.9.0", "0.9.1", "0.9.5"])
+def test_transformer_and_vae_of_one_version_fit_over_any_base(base, version, tiny_folder):
+    """The base then lends the text encoder alone; its own VAE and pipeline say nothing about the rest."""
+    other, folder = tiny_folder(f"tiny/ltx-video-{version}"), tiny_folder(f"tiny/ltx-video-{base}")
+    plan = plan_model(base=str(folder), transformer=str(other / "transformer"), vae=str(other / "vae"), version=version)
+    assert plan.version == version
+    assert plan.rope == SPECS[version].rope
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_parts_of_built_in_models_fit_no_other(part, tiny_folder):
+    with pytest.raises(WeightsError, match=f"model.{part} = 'tiny/ltx-video-0.9.0' is a part of a built-in model"):
+        plan_model(base=str(tiny_folder()), version="0.9.5", **{part: "tiny/ltx-video-0.9.0"})
+
+
 def test_everything_wrong_with_the_parts_is_told_at_once(tiny_folder, tmp_path):
     with pytest.raises(WeightsError) as refused:
         plan_model(base=str(tiny_folder()), vae=str(tmp_path / "no-vae"), transformer=str(tmp_path / "no-transformer"))
@@ -187,7 +203,7 @@ def test_built_in_models_need_nothing():
     assert {part.kind for part in plan.components.values()} == {"builtin"}
     with pytest.raises(WeightsError, match=r"wired as 0\.9\.7-dev"):
         plan_model(base="tiny/ltx-video-13b", version="0.9.0")
-    with pytest.raises(WeightsError, match="not interchangeable"):
+    with pytest.raises(WeightsError, match="fits no other"):
         plan_model(base="tiny/ltx-video", vae="tiny/ltx-video-0.9.0")
 
 
