@@ -34,6 +34,7 @@ TOKENIZER_LENGTH = 1024
 HEADS = 4
 # A trained decoder's log-mel values lie between log(1e-5) = −11.5 and about 2.
 MEL_MEAN, MEL_STD = -5.0, 2.0
+LOUDNESS = 0.1
 
 
 def tiny_transformer(spec: ModelSpec) -> LTX2VideoTransformer3DModel:
@@ -107,11 +108,18 @@ def tiny_audio_vae(spec: ModelSpec) -> AutoencoderKLLTX2Audio:
 
 @torch.no_grad()
 def calibrate_audio(vae: AutoencoderKLLTX2Audio) -> None:
-    """Set the latents' statistics, one per channel and latent mel bin, and the decoder's range from one spectrogram."""
-    mean = vae.encode(synthetic_mel(vae.config.mel_bins)).latent_dist.mode()
+    """Set the latents' statistics, one per channel and latent mel bin, the posterior's width and the decoder's range.
+
+    From one spectrogram, as `tiny.calibrate` does from one clip; the posterior becomes a tenth of the latents' width.
+    """
+    posterior = vae.encode(synthetic_mel(vae.config.mel_bins)).latent_dist
+    mean = posterior.mode()
     tokens = mean.transpose(1, 2).flatten(2)  # [1, L, channels · latent mel bins]
     vae.latents_mean.copy_(rounded(tokens.mean(dim=(0, 1))))
     vae.latents_std.copy_(rounded(tokens.std(dim=(0, 1))))
+    # The second half of the encoder's output channels are logarithms of variances.
+    narrower = 0.1 * vae.latents_std.mean() / posterior.std.mean()
+    vae.encoder.conv_out.conv.bias[mean.shape[1] :] += float(rounded(2 * narrower.log()))
     mel = vae.decode(mean, return_dict=False)[0]
     last = vae.decoder.conv_out.conv
     gain = float(rounded(MEL_STD / mel.std()))
@@ -135,13 +143,26 @@ def tiny_vocoder(spec: ModelSpec) -> LTX2Vocoder | LTX2VocoderWithBWE:
     """A vocoder of the spec's layout. With bandwidth extension its mel basis is the real kind of filter bank."""
     config = spec.vocoder_config
     assert config is not None
+    mel = synthetic_mel(64)
     with seeded(16):
         if "bwe_in_channels" not in config:
-            return LTX2Vocoder(**config).requires_grad_(False).eval()
-        vocoder = LTX2VocoderWithBWE(**config).requires_grad_(False).eval()
+            vocoder = LTX2Vocoder(**config).requires_grad_(False).eval()
+            quieten(vocoder, mel)
+            return vocoder
+        extended = LTX2VocoderWithBWE(**config).requires_grad_(False).eval()
     filters = mel_filter_bank(
         config["filter_length"] // 2 + 1, config["num_mel_channels"], 0.0, config["input_sampling_rate"] / 2,
         config["input_sampling_rate"], norm="slaney", mel_scale="slaney",
     )  # fmt: skip
-    vocoder.mel_stft.mel_basis.copy_(torch.from_numpy(filters.T))
-    return vocoder
+    extended.mel_stft.mel_basis.copy_(torch.from_numpy(filters.T))
+    for part in (extended.vocoder, extended.bwe_generator):
+        quieten(part, mel)
+    return extended
+
+
+@torch.no_grad()
+def quieten(vocoder: LTX2Vocoder, mel: Tensor) -> None:
+    """Scale the last convolution so that the sound has an ordinary loudness and is not cut off at ±1."""
+    gain = float(rounded(LOUDNESS / vocoder(mel).std()))
+    for tensor in vocoder.conv_out.parameters():
+        tensor.mul_(gain)
