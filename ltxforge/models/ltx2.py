@@ -82,7 +82,9 @@ class Stream:
     `sample_timesteps` [B], both float32, sigma · 1000 and never rounded: the latter is the sample's noise level
     whatever its clean tokens' timesteps are. `prompts` [B, P, E], this modality's half of the connectors' output;
     `prompt_mask` [B, P], 1 real and 0 padding, or None where every position is real, as after registers. `rope` and
-    `cross_rope` from `video_ropes` or `audio_ropes`.
+    `cross_rope` from `video_ropes` or `audio_ropes`. `present` [B], 1 where the sample has this modality and 0 where
+    its tokens only fill the batch, or None where all have it: the other modality of a sample without it comes out as
+    if it were alone.
     """
 
     tokens: Tensor
@@ -92,6 +94,7 @@ class Stream:
     rope: Rope
     cross_rope: Rope
     prompt_mask: Tensor | None = None
+    present: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,13 @@ class Given:
 
     `own` has six rows, or nine where prompt attention is modulated; `cross` four and `gate` one, None without the other
     modality; `prompt_rows` two, or one row of zeros where prompts are modulated by the block's table alone.
+    `other_present` [B, 1, 1] is 0 where a sample lacks the other modality, None where none does.
     """
 
     own: Modulation
     cross: Modulation | None
     gate: Modulation | None
+    other_present: Tensor | None
     prompt: Tensor
     prompt_rows: Modulation
     bias: Tensor | None
@@ -163,13 +168,14 @@ def prepare(
     dtype, count = stream.tokens.dtype, len(stream.tokens)
     distinct, index = distinct_timesteps(stream.timesteps)
     block, output = embed(modality.of(transformer, "time_embed"), distinct, dtype)
-    cross = gate = None
+    cross = gate = other_present = None
     for other in present.values():
         if other is not stream:
             cross = Modulation(embed(getattr(transformer, modality.cross_embed), distinct, dtype)[0], index)
             ratio = transformer.config.cross_attn_timestep_scale_multiplier
             level = other.sample_timesteps * (ratio / transformer.config.timestep_scale_multiplier)
             gate = Modulation(embed(getattr(transformer, modality.gate_embed), level, dtype)[0], None)
+            other_present = None if other.present is None else other.present.to(dtype)[:, None, None]
     prompt, prompt_rows = stream.prompts, stream.prompts.new_zeros(1, 1, 1)
     if (projection := modality.of(transformer, "caption_projection")) is not None:
         prompt = projection(prompt)
@@ -180,6 +186,7 @@ def prepare(
         own=Modulation(block, index),
         cross=cross,
         gate=gate,
+        other_present=other_present,
         prompt=prompt,
         prompt_rows=Modulation(prompt_rows, None),
         bias=None if stream.prompt_mask is None else prompt_bias(stream.prompt_mask, dtype),
@@ -248,6 +255,8 @@ def cross_attention(
         mixed = attention_forward(attn, query, context, ropes[0], context_rope=ropes[1])
         assert gates is not None
         (gate,) = gates.rows(getattr(block, modality.cross_table), CROSS_GATE_ROW)
+        if (other_present := given[modality].other_present) is not None:
+            gate = gate * other_present
         changed[modality] = hidden[modality] + gate * mixed
     return changed
 

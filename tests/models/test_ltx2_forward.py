@@ -187,6 +187,20 @@ def test_one_modality_alone_is_not_the_joint_model(name):
     assert relative(transformer_forward(transformer, Streams(audio=streams.audio)).audio, joint.audio) > 1e-3
 
 
+def test_a_sample_without_sound_among_others_is_as_if_video_were_alone():
+    """And the other samples of the batch are joint; what fills the absent sound's place reaches nobody."""
+    transformer = make_transformer("tiny/ltx2.3", torch.float32)
+    streams = make_streams(transformer, per_token=True)
+    audio = dataclasses.replace(streams.audio, present=torch.tensor([0.0, 1.0]))
+    mixed = transformer_forward(transformer, Streams(streams.video, audio))
+    joint = transformer_forward(transformer, streams)
+    alone = transformer_forward(transformer, Streams(video=streams.video))
+    assert torch.equal(mixed.video[0], alone.video[0]) and torch.equal(mixed.video[1], joint.video[1])
+    assert torch.equal(mixed.audio[1], joint.audio[1])
+    (of_audio,) = torch.autograd.grad(mixed.video.square().sum(), streams.audio.tokens)
+    assert not of_audio[0].any() and of_audio[1].any()
+
+
 def belongs_to(name: str) -> str:
     """Whether a parameter is video's, audio's or of both together, by its name."""
     if "a2v" in name or "v2a" in name or "video_to_audio" in name or "audio_to_video" in name or "av_cross" in name:
