@@ -53,8 +53,8 @@ def read_audio(
     Raises:
         DecodeError: the sound of this stretch does not decode, or is shorter than its header says.
     """
-    if not (0 <= start_seconds < math.inf and 0 < seconds < math.inf and sample_rate > 0 and channels in (1, 2)):
-        raise ValueError("wanted: a start that is not negative, a length and a rate above 0, one or two channels")
+    if not (0 <= start_seconds < math.inf and 1 <= seconds * sample_rate < math.inf and channels in (1, 2)):
+        raise ValueError("wanted: a start that is not negative, at least one sample, one or two channels")
     beside = sound_beside(path)
     source = beside or path
     try:

@@ -168,7 +168,11 @@ class _Mixer:
             layout = frame.layout if channels <= 2 else "stereo"
             self._converters[key] = av.AudioResampler(format="fltp", layout=layout, rate=rate)
         frame.pts = None
-        mixed = np.concatenate([part.to_ndarray() for part in self._converters[key].resample(frame)], axis=1)
+        try:
+            parts = self._converters[key].resample(frame)
+        except (av.error.FFmpegError, ValueError) as error:
+            raise MediaFault(f"its sound's channels ({frame.layout.name}) cannot be folded into two") from error
+        mixed = np.concatenate([part.to_ndarray() for part in parts], axis=1)
         return np.broadcast_to(mixed, (2, mixed.shape[1]))
 
 
@@ -203,9 +207,10 @@ def _fill(path: str, stretch: _Stretch) -> None:
 
 def _fill_from(container: av.container.InputContainer, stretch: _Stretch, must_begin_before: bool = False) -> bool:
     """Decode from here until the stretch is full. Damage before its beginning is none of its business."""
-    stream, fresh = sound_stream(container), True
+    stream, fresh, damaged = sound_stream(container), True, False
     for frame, seconds in _anchored(_decoded(container, stream)):
         if frame is None:
+            damaged = True
             if stretch.is_begun:
                 raise MediaFault(f"its sound is damaged at {stretch.reached:.2f} s")
             continue
@@ -216,9 +221,9 @@ def _fill_from(container: av.container.InputContainer, stretch: _Stretch, must_b
         if stretch.is_full:
             return True
     if fresh:
-        if must_begin_before:
-            return False
-        raise MediaFault("no sound of it can be decoded")
+        if damaged:
+            raise MediaFault("no sound of it can be decoded")
+        return not must_begin_before  # a track without packets is as good as none
     promised = ((stream.start_time or 0) + (stream.duration or 0)) * stream.time_base - stretch.origin
     if promised > stretch.reached + _MISSING_SECONDS:
         raise MediaFault(f"its sound ends at {stretch.reached:.2f} s, and its header promises {float(promised):.2f} s")
@@ -226,7 +231,9 @@ def _fill_from(container: av.container.InputContainer, stretch: _Stretch, must_b
 
 
 def _anchored(frames: Iterator[av.AudioFrame | None]) -> Iterator[tuple[av.AudioFrame | None, float | None]]:
-    """Frames with their container times; the first one's is the median of what the first few say about it."""
+    """Frames with their container times; the first one's is the median of what the first few say about it, unless
+    there is a gap between them.
+    """
     held, offsets, passed = [], [], 0.0
     for frame in frames:
         held.append(frame)
@@ -236,9 +243,12 @@ def _anchored(frames: Iterator[av.AudioFrame | None]) -> Iterator[tuple[av.Audio
             passed += frame.samples / max(1, frame.sample_rate)
             if len(offsets) == _FRAMES_FOR_ANCHOR or len(held) > 10 * _FRAMES_FOR_ANCHOR:
                 break
+    anchor = statistics.median(offsets) if offsets else None
+    if anchor is not None and abs(anchor - offsets[0]) > SEAM_SECONDS:
+        anchor = offsets[0]
     first = next((frame for frame in held if frame is not None), None)
     for frame in held:
-        yield frame, statistics.median(offsets) if frame is first and offsets else _seconds(frame)
+        yield frame, anchor if frame is first else _seconds(frame)
     for frame in frames:
         yield frame, _seconds(frame)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable
 from fractions import Fraction
@@ -247,6 +248,13 @@ def test_a_gap_stays_a_gap(make_clip) -> None:
     assert delay(found[:, 21000:], 21000 / 16000) == pytest.approx(0, abs=1.2e-3)
 
 
+def test_a_gap_behind_the_first_packets_moves_nothing(make_clip) -> None:
+    clip = make_clip("gap.mkv", tones(2, 48000, 2.0), codec="libopus", kept=lambda packet: not 3 <= packet < 40)
+    found = read_audio(clip, 0.0, 2.0, 16000)
+    assert np.abs(found[:, 200:700]).max() > 0.25 and np.abs(found[:, 1100:12500]).max() < 0.01
+    assert delay(found[:, 14000:], 14000 / 16000) == pytest.approx(0, abs=1.2e-3)
+
+
 @pytest.mark.parametrize(("suffix", "codec"), [("mp4", "aac"), ("mkv", "libopus"), ("mkv", "pcm_s16le")])
 def test_far_stretches_are_found_by_seeking(suffix: str, codec: str, make_clip) -> None:
     clip = make_clip(f"far.{suffix}", tones(2, 48000, 30.0), codec=codec, picture_seconds=30.0)
@@ -277,6 +285,7 @@ def test_clips_without_sound(make_clip) -> None:
     clip = make_clip("mute.mp4", None)
     assert read_audio(clip, 0.0, 1.0, 16000) is None
     assert not probe(clip).has_audio and probe(clip).audio_channels == 0
+    assert read_audio(make_clip("empty.mkv", tones(2, 48000, 1.0), kept=lambda _: False), 0.0, 1.0, 16000) is None
     beside = make_clip("other.mp4", None)
     make_clip("only.mp4", None).rename(beside.with_suffix(".m4a"))  # a picture where sound was promised
     with pytest.raises(DecodeError, match="no sound in it"):
@@ -303,6 +312,26 @@ def test_broken_sound_is_a_verdict(make_clip, tmp_path: Path) -> None:
     (tmp_path / "folder.wav").mkdir()
     with pytest.raises(DecodeError, match="a folder"):
         read_audio(tmp_path / "folder.wav", 0.0, 1.0, 16000)
+
+
+def plain_wav(samples: np.ndarray) -> bytes:
+    """int16 [channels, samples] at 48 kHz as the oldest kind of WAV, which tells how many channels and not which."""
+    data, count = np.ascontiguousarray(samples.T).tobytes(), len(samples)
+    facts = struct.pack("<HHIIHH", 1, count, 48000, 96000 * count, 2 * count, 16)
+    head = b"WAVEfmt " + struct.pack("<I", 16) + facts + b"data" + struct.pack("<I", len(data))
+    return b"RIFF" + struct.pack("<I", len(head) + len(data)) + head + data
+
+
+def test_channels_without_names_are_the_usual_ones(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    for layout in ("5.1", "7.1"):
+        samples = tones(len(FOLDS[layout][0]), 48000, 0.5)
+        path.write_bytes(plain_wav((samples * 32768).astype(np.int16)))
+        found = read_audio(path, 0.0, 0.5, 48000)
+        assert np.abs(found - np.array(FOLDS[layout]) @ samples).max() < 2e-4
+    path.write_bytes(plain_wav(np.zeros((9, 4800), np.int16)))
+    with pytest.raises(DecodeError, match="9 channels.* cannot be folded"):
+        read_audio(path, 0.0, 0.1, 48000)
 
 
 @pytest.mark.parametrize("seed", range(6))
