@@ -1,4 +1,4 @@
-"""What is fixed about each LTX-2 version (2.0, 2.3, 2.5; dev and distilled): the same data as `specs.py` holds.
+"""What is fixed about each LTX-2 version: 2.0, 2.3 and 2.5, dev and distilled; the same data as `specs.py` holds.
 
 Data only. Sources: diffusers `scripts/convert_ltx2_to_diffusers.py` (wiring, schedulers), its LTX-2 page (guidance,
 names of converted models) and `pipelines/ltx2/utils.py` (the distilled steps); Lightricks' LTX-2 repository (2.0's 40

@@ -1,10 +1,10 @@
-"""LTX-2 (2.0, 2.3, 2.5): the family's own block and transformer forward over video and audio, or one of them alone.
+"""LTX-2's own block and transformer forward, over video and audio or one of them alone; 2.0, 2.3 and 2.5.
 
 The forward runs over the diffusers modules' own parameters, names unchanged; diffusers' forward is the oracle. Both
 modalities are computed by the same functions, told apart by `Modality`; versions by the modules that are there. What
 differs from diffusers: a modality that takes no part costs nothing and none of its modules is touched, timesteps are
 embedded once per distinct value, rope tables come from outside, gradient checkpointing takes an interval, and
-audio-video cross attention follows the official rule for per-token timesteps (`prepare`). Loads no file.
+audio-video cross attention follows the official rule for per-token timesteps (`prepare_cross`). Loads no file.
 """
 
 from __future__ import annotations
@@ -111,23 +111,33 @@ class Streams(Generic[Each]):
 
 
 @dataclass(frozen=True)
-class Given:
-    """What every block gets of a modality beside its tokens.
+class Cross:
+    """What every block gets of a modality for cross attention.
 
-    `own` has six rows, or nine where prompt attention is modulated; `cross` four and `gate` one, None without the other
-    modality; `prompt_rows` two, or one row of zeros where prompts are modulated by the block's table alone.
-    `other_present` [B, 1, 1] is 0 where a sample lacks the other modality, None where none does.
+    `own` has four rows, `gate` one. `other_present` [B, 1, 1] is 0 where a sample lacks the other modality, None where
+    none does.
     """
 
     own: Modulation
-    cross: Modulation | None
-    gate: Modulation | None
+    gate: Modulation
     other_present: Tensor | None
+    rope: Rope
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every block gets of a modality beside its tokens.
+
+    `own` has six rows, or nine where prompt attention is modulated; `prompt_rows` two, or one row of zeros where
+    prompts are modulated by the block's table alone. `cross` is None without the other modality.
+    """
+
+    own: Modulation
+    rope: Rope
     prompt: Tensor
     prompt_rows: Modulation
     bias: Tensor | None
-    rope: Rope
-    cross_rope: Rope
+    cross: Cross | None
 
 
 def transformer_forward(
@@ -157,25 +167,11 @@ def transformer_forward(
 def prepare(
     transformer: LTX2VideoTransformer3DModel, modality: Modality, present: Mapping[Modality, Stream]
 ) -> tuple[Given, Modulation]:
-    """What all blocks share of one modality, and the output's modulation, one row.
-
-    In cross attention scale and shift follow the modality's own timesteps, per token where they are, and the gate
-    follows the other modality's noise level: the official trainer's rule. diffusers offers own and own
-    (`use_cross_timestep=False`) or other and other (True); all agree where no token is conditioned and both sigmas are
-    equal.
-    """
+    """What all blocks share of one modality, and the output's modulation, one row."""
     stream = present[modality]
     dtype, count = stream.tokens.dtype, len(stream.tokens)
     distinct, index = distinct_timesteps(stream.timesteps)
     block, output = embed(modality.of(transformer, "time_embed"), distinct, dtype)
-    cross = gate = other_present = None
-    for other in present.values():
-        if other is not stream:
-            cross = Modulation(embed(getattr(transformer, modality.cross_embed), distinct, dtype)[0], index)
-            ratio = transformer.config.cross_attn_timestep_scale_multiplier
-            level = other.sample_timesteps * (ratio / transformer.config.timestep_scale_multiplier)
-            gate = Modulation(embed(getattr(transformer, modality.gate_embed), level, dtype)[0], None)
-            other_present = None if other.present is None else other.present.to(dtype)[:, None, None]
     prompt, prompt_rows = stream.prompts, stream.prompts.new_zeros(1, 1, 1)
     if (projection := modality.of(transformer, "caption_projection")) is not None:
         prompt = projection(prompt)
@@ -184,16 +180,39 @@ def prepare(
     assert prompt.shape[0] == count and stream.sample_timesteps.shape == (count,)
     given = Given(
         own=Modulation(block, index),
-        cross=cross,
-        gate=gate,
-        other_present=other_present,
+        rope=stream.rope,
         prompt=prompt,
         prompt_rows=Modulation(prompt_rows, None),
         bias=None if stream.prompt_mask is None else prompt_bias(stream.prompt_mask, dtype),
-        rope=stream.rope,
-        cross_rope=stream.cross_rope,
+        cross=prepare_cross(transformer, modality, present),
     )
     return given, Modulation(output[:, None], index)
+
+
+def prepare_cross(
+    transformer: LTX2VideoTransformer3DModel, modality: Modality, present: Mapping[Modality, Stream]
+) -> Cross | None:
+    """The modality's side of cross attention, or None where it is alone.
+
+    Scale and shift follow the modality's own timesteps, per token where they are, and the gate follows the other
+    modality's noise level: the official trainer's rule. diffusers offers own and own (`use_cross_timestep=False`) or
+    other and other (True); all agree where no token is conditioned and both sigmas are equal.
+    """
+    stream = present[modality]
+    other = next((each for each in present.values() if each is not stream), None)
+    if other is None:
+        return None
+    dtype, config = stream.tokens.dtype, transformer.config
+    distinct, index = distinct_timesteps(stream.timesteps)
+    own, _ = embed(getattr(transformer, modality.cross_embed), distinct, dtype)
+    ratio = config.cross_attn_timestep_scale_multiplier / config.timestep_scale_multiplier
+    gate, _ = embed(getattr(transformer, modality.gate_embed), other.sample_timesteps * ratio, dtype)
+    return Cross(
+        own=Modulation(own, index),
+        gate=Modulation(gate, None),
+        other_present=None if other.present is None else other.present.to(dtype)[:, None, None],
+        rope=stream.cross_rope,
+    )
 
 
 def embed(module: nn.Module, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -239,24 +258,25 @@ def cross_attention(
     block: nn.Module, hidden: Mapping[Modality, Tensor], given: Mapping[Modality, Given]
 ) -> dict[Modality, Tensor]:
     """Video attends to audio and audio to video, both to what the other was before."""
+    cross = {modality: each.cross for modality, each in given.items() if each.cross is not None}
     normed = {modality: getattr(block, modality.cross_norm)(tokens) for modality, tokens in hidden.items()}
 
     def side(modality: Modality, rows: tuple[int, int]) -> Tensor:
-        cross = given[modality].cross
-        assert cross is not None
-        scale, shift = cross.rows(getattr(block, modality.cross_table), *rows)
+        scale, shift = cross[modality].own.rows(getattr(block, modality.cross_table), *rows)
         return normed[modality] * (1 + scale) + shift
 
     changed = {}
     for modality, other in ((VIDEO, AUDIO), (AUDIO, VIDEO)):
-        query, context = side(modality, modality.cross_rows), side(other, modality.cross_rows)
-        ropes = given[modality].cross_rope, given[other].cross_rope
-        attn, gates = getattr(block, modality.cross_attn), given[modality].gate
-        mixed = attention_forward(attn, query, context, ropes[0], context_rope=ropes[1])
-        assert gates is not None
-        (gate,) = gates.rows(getattr(block, modality.cross_table), CROSS_GATE_ROW)
-        if (other_present := given[modality].other_present) is not None:
-            gate = gate * other_present
+        mixed = attention_forward(
+            getattr(block, modality.cross_attn),
+            side(modality, modality.cross_rows),
+            side(other, modality.cross_rows),
+            cross[modality].rope,
+            context_rope=cross[other].rope,
+        )
+        (gate,) = cross[modality].gate.rows(getattr(block, modality.cross_table), CROSS_GATE_ROW)
+        if (present := cross[modality].other_present) is not None:
+            gate = gate * present
         changed[modality] = hidden[modality] + gate * mixed
     return changed
 
