@@ -25,13 +25,23 @@ class Licence:
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """How the version's own pipeline samples. `timesteps` (of 1000) are set for distilled weights only."""
+    """How the version's own pipeline samples. `timesteps` (of 1000) are set for distilled weights only.
+
+    From `audio_guidance` on for LTX-2: guidance by the prompt is set for video and audio separately, the rest for both
+    alike. `stg` skips self attention in `stg_blocks` (0 is off), `modality_guidance` skips cross attention between
+    video and audio (1 is off), `rescale` is the share of the guided result's standard deviation that is taken back.
+    """
 
     steps: int
     guidance: float
     timesteps: tuple[float, ...] = ()
     decode_timestep: float = 0.0
     decode_noise_scale: float | None = None
+    audio_guidance: float | None = None
+    stg: float = 0.0
+    stg_blocks: tuple[int, ...] = ()
+    modality_guidance: float = 1.0
+    rescale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,8 @@ class ModelSpec:
     not say: "plain" 8·j/fps (diffusers' LTXPipeline) or "causal" max(0, 8·j − 7)/fps (LTXConditionPipeline).
     `vae_family` names encoders whose latents are interchangeable: 0.9.0 and 0.9.1 share an encoder's layout but not
     its weights, and 0.9.5 and later share theirs. `hub` is where the version is published, as a recipe's source.
-    `default_prompt_tokens` is the default of the diffusers pipeline that samples.
+    `default_prompt_tokens` is the default of the diffusers pipeline that samples. `text_encoder` is "t5", "gemma-3" or
+    "gemma-4"; the configurations after it are of parts that only LTX-2 has.
     """
 
     version: str
@@ -62,6 +73,10 @@ class ModelSpec:
     default_fps: float = 25.0
     default_prompt_tokens: int = 128
     tiny: bool = False
+    text_encoder: str = "t5"
+    connectors_config: dict[str, Any] | None = field(default=None, repr=False)
+    audio_vae_config: dict[str, Any] | None = field(default=None, repr=False)
+    vocoder_config: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
     def blocks(self) -> int:
@@ -82,6 +97,11 @@ class ModelSpec:
     def caption_channels(self) -> int:
         """Width of the text encoder's output."""
         return self.transformer_config["caption_channels"]
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether the model makes sound beside pictures."""
+        return self.audio_vae_config is not None
 
 
 _HUB = "https://huggingface.co/Lightricks/LTX-Video/blob/main"

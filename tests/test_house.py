@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"printable", "errors", "events", "shapes", "randomness", "durable", "digests", "lock", "signals"},
-    {"recipe", "specs"},
+    {"recipe", "specs", "specs_ltx2"},
     {"plan", "media", "hardware", "distributed"},
     {"models", "lora", "flow_matching", "dataset"},
     {"checkpoint", "optim", "run_directory"},
@@ -31,6 +31,7 @@ BESIDE = {
     ("lock", "durable"),
     ("lock", "errors"),
     ("recipe", "specs"),
+    ("specs_ltx2", "specs"),
     ("dataset", "models"),
     ("run_directory", "checkpoint"),
     ("planner", "validation"),

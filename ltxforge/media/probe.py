@@ -9,13 +9,11 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from ltxforge.media.supervisor import SECONDS, Refused, WorkerFault, once_more, worker
+from ltxforge.media.supervisor import BYTES_PER_SECOND, SECONDS, Refused, WorkerFault, once_more, worker
 
 # Raise by hand when a file could get other facts than before; remembered probes of another version are not used.
-PROBE_VERSION = 1
+PROBE_VERSION = 2
 MAX_BYTES = 64 * 2**30
-# A file without a usable index is decoded from end to end; even slow machines do more than this a second.
-_BYTES_PER_SECOND = 4 * 2**20
 
 
 class ProbeError(Exception):
@@ -32,7 +30,8 @@ class Probe:
 
     `width` and `height` are the picture as shown: after rotation and pixel aspect, in square pixels. `timestamps` are
     the times in seconds of all frames that decode, counted from the first; `frame_seconds` is how long a typical one
-    is shown. `rotation` is in degrees clockwise.
+    is shown. `rotation` is in degrees clockwise. `has_audio` tells of a track of its own; its codec, rate in Hz,
+    channels and layout are empty or 0 where there is none that can be decoded.
     """
 
     path: str
@@ -55,6 +54,10 @@ class Probe:
     colour_transfer: str
     has_audio: bool
     warnings: tuple[str, ...] = ()
+    audio_codec: str = ""
+    audio_rate: int = 0
+    audio_channels: int = 0
+    audio_layout: str = ""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -76,7 +79,7 @@ def probe(path: Path) -> Probe:
     """The facts of a video file. Raises ProbeError with the reason if it has no usable picture."""
     size = require_regular_file(path)
     try:
-        facts = once_more(lambda: worker().inspect(path, SECONDS + size / _BYTES_PER_SECOND))
+        facts = once_more(lambda: worker().inspect(path, SECONDS + size / BYTES_PER_SECOND))
     except Refused as refusal:
         raise ProbeError(refusal.reason) from refusal
     except WorkerFault as fault:

@@ -25,6 +25,8 @@ import ltxforge
 
 Answer = TypeVar("Answer")
 SECONDS = 60.0
+# What is read or decoded from end to end gets more time; even slow machines do more than this a second.
+BYTES_PER_SECOND = 4 * 2**20
 # A group of its own, so that Ctrl-C, which a terminal sends to all of a group, reaches the trainer alone.
 _OUT_OF_THE_TERMINAL: dict[str, Any] = (
     {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == "win32" else {"process_group": 0}
@@ -72,6 +74,18 @@ class Supervisor:
         with self._turn:
             self._ask(request, seconds, frames)
         return frames
+
+    def audio(
+        self, path: Path, start: float, length: float, rate: int, channels: int, on_picture_time: bool,
+        seconds: float = SECONDS,
+    ) -> np.ndarray | None:  # fmt: skip
+        """A stretch of sound as float32 [channels, round(length · rate)], or None. Raises Refused or WorkerFault."""
+        samples = np.empty((1, channels, round(length * rate)), np.float32)
+        request = {"do": "audio", "path": _name(path), "start": start, "length": length, "rate": rate}
+        request |= {"channels": channels, "on_picture_time": on_picture_time}
+        with self._turn:
+            has_sound = self._ask(request, seconds, samples)["has_sound"]
+        return samples[0] if has_sound else None
 
     @property
     def process_id(self) -> int | None:

@@ -15,6 +15,7 @@ import av
 from av.video.reformatter import ColorRange
 
 from ltxforge.media import geometry
+from ltxforge.media.audio_file import facts_of
 from ltxforge.media.video_file import MATRIX_NAMES, TICK_SECONDS, MediaFault, VideoFile, colour_of, display_matrix
 
 MAX_GAP_SECONDS = 60.0
@@ -50,6 +51,7 @@ def inspect(path: str) -> dict[str, Any]:
             "codec": video.stream.codec_context.codec.canonical_name,
             "has_audio": bool(video.container.streams.audio),
             "warnings": warnings + _time_warnings(times, interval) + _picture_warnings(video),
+            **facts_of(video.container),
             **colours,
         }
 

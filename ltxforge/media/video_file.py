@@ -64,7 +64,7 @@ class VideoFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.container = _open(path)
+        self.container = open_container(path)
         try:
             self.stream = _picture_stream(self.container)
             self.first = next(self._decoded())
@@ -101,7 +101,7 @@ class VideoFile:
     @property
     def has_several_pictures(self) -> bool:
         """Whether the file holds more than one video."""
-        return len(_pictures(self.container)) > 1
+        return len(pictures(self.container)) > 1
 
     def frames(self, start: float = 0.0) -> Iterator[tuple[float, av.VideoFrame]]:
         """Frames in order of presentation with their times, from at or before `start` (seconds from the first) on.
@@ -117,7 +117,7 @@ class VideoFile:
     def reopen(self) -> None:
         """Go back to the start. A new demuxer, because seeking to 0 misses frames with negative times."""
         self.container.close()
-        self.container = _open(self.path)
+        self.container = open_container(self.path)
         self.stream = _picture_stream(self.container)
 
     def seconds(self, ticks: int) -> float:
@@ -241,7 +241,7 @@ def read_frames(path: str, timestamps: Sequence[float], size: tuple[int, int]) -
             good += 1
 
 
-def _pictures(container: av.container.InputContainer) -> list[av.VideoStream]:
+def pictures(container: av.container.InputContainer) -> list[av.VideoStream]:
     """The video streams that are video: a cover image in a music file is one to ffmpeg, and to no one else."""
     stills = Disposition.attached_pic | Disposition.timed_thumbnails
     return [stream for stream in container.streams.video if not stream.disposition & stills]
@@ -249,7 +249,7 @@ def _pictures(container: av.container.InputContainer) -> list[av.VideoStream]:
 
 def _picture_stream(container: av.container.InputContainer) -> av.VideoStream:
     """The default video stream, else the first, ready to decode."""
-    streams = _pictures(container)
+    streams = pictures(container)
     if not streams:
         kind = "audio only" if container.streams.audio else "no video stream"
         raise MediaFault(f"no picture in it ({kind}{', with a cover image' if container.streams.video else ''})")
@@ -262,9 +262,10 @@ def _picture_stream(container: av.container.InputContainer) -> av.VideoStream:
     return stream
 
 
-def _open(path: str) -> av.container.InputContainer:
+def open_container(path: str, formats: str = FORMATS) -> av.container.InputContainer:
+    """The file, opened by one of `formats` (names of demuxers) and nothing else. Raises MediaFault."""
     try:
-        options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+        options = {"protocol_whitelist": "file", "format_whitelist": formats}
         return av.open(path, options=options, metadata_errors="replace")  # titles in Latin-1 are common
     except MemoryError as error:
         raise MediaFault("reading it needs more memory than the worker may use") from error

@@ -1,9 +1,10 @@
 """The worker process: answers questions about media files, so that hostile ones crash or hang it and not us.
 
 Started by exec (`python -m ltxforge.media.worker`) and kept by `media.supervisor`. Protocol: one JSON line per request
-on standard input; answers are JSON lines on standard output, and `{"frame": n}` is followed by n bytes of raw RGB. A
-pipe rather than shared memory: a copy costs about 0.1 ms a frame, and a killed worker leaves nothing behind in
-/dev/shm, which containers keep small. The worker ends when its input closes, and by itself when a request overstays.
+on standard input; answers are JSON lines on standard output, and `{"frame": n}` is followed by n bytes of raw RGB or
+of raw samples. A pipe rather than shared memory: a copy costs about 0.1 ms a frame, and a killed worker leaves nothing
+behind in /dev/shm, which containers keep small. The worker ends when its input closes, and by itself when a request
+overstays.
 Imports no torch; never writes a file.
 """
 
@@ -20,6 +21,7 @@ from typing import Any, BinaryIO
 
 import av
 
+from ltxforge.media.audio_file import read_samples
 from ltxforge.media.video_facts import inspect
 from ltxforge.media.video_file import MediaFault, read_frames
 
@@ -57,6 +59,14 @@ def _answers(request: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bytes]]:
         for frame in read_frames(request["path"], request["timestamps"], (width, height)):
             yield {"frame": frame.nbytes}, frame.tobytes()
         yield {"done": {}}, b""
+    elif request["do"] == "audio":
+        samples = read_samples(
+            request["path"], request["start"], request["length"], request["rate"], request["channels"],
+            on_picture_time=request["on_picture_time"],
+        )  # fmt: skip
+        if samples is not None:
+            yield {"frame": samples.nbytes}, samples.tobytes()
+        yield {"done": {"has_sound": samples is not None}}, b""
     else:
         raise ValueError(f"unknown request {request['do']!r}")
 

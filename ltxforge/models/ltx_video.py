@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from diffusers import (
     AutoencoderKLLTXVideo,
     FlowMatchEulerDiscreteScheduler,
@@ -26,9 +25,16 @@ from diffusers import (
     LTXVideoTransformer3DModel,
 )
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
+from ltxforge.models.blocks import (
+    Modulation,
+    Rope,
+    attention_forward,
+    checkpointed,
+    distinct_timesteps,
+    prompt_bias,
+)
 from ltxforge.models.interface import Latents, Noisy, PromptBatch, PromptEmbeddings
 from ltxforge.shapes import LatentShape, is_legal_frames, is_legal_side
 from ltxforge.specs import ModelSpec
@@ -37,51 +43,7 @@ from ltxforge.specs import ModelSpec
 ROPE_TABLES_KEPT = 4
 DECODE_NOISE_SEED = 0
 
-Rope = tuple[Tensor, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Modulation:
-    """The time embedding of N distinct timesteps: `block` [N, 6·D] for the blocks, `output` [N, D] for the end.
-
-    `index` [B, T] says which of the N a token has; None means one per sample, N = B.
-    """
-
-    block: Tensor
-    output: Tensor
-    index: Tensor | None
-
-    def spread(self, values: Tensor) -> Tensor:
-        """[N, D] → something that broadcasts against [B, T, D]."""
-        return values[:, None] if self.index is None else values[self.index]
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """Softmax attention over [B, T, H, K]; `bias` is added to the scores and broadcasts to [B, H, T, P]."""
-    query, key, value = (tensor.permute(0, 2, 1, 3) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).permute(0, 2, 1, 3)
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotary position embedding on interleaved pairs of [B, T, D], in float32 (RoFormer, arXiv:2104.09864)."""
-    cos, sin = rope
-    real, imaginary = x.unflatten(2, (-1, 2)).unbind(-1)
-    turned = torch.stack([-imaginary, real], dim=-1).flatten(2)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
-
-
-def attention_forward(
-    attn: nn.Module, hidden: Tensor, context: Tensor, rope: Rope | None, bias: Tensor | None
-) -> Tensor:
-    """One attention of a block: project, normalise q and k over all heads, rotate, attend, project back. [B, T, D]."""
-    query, key, value = attn.to_q(hidden), attn.to_k(context), attn.to_v(context)
-    query, key = attn.norm_q(query), attn.norm_k(key)
-    if rope is not None:
-        query, key = rotate(query, rope), rotate(key, rope)
-    query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
-    mixed = attend(query, key, value, bias).flatten(2, 3).to(query.dtype)
-    return attn.to_out[1](attn.to_out[0](mixed))
 
 
 def block_forward(
@@ -93,12 +55,11 @@ def block_forward(
         block: diffusers' LTXVideoTransformerBlock, perhaps with adapters injected into its linears.
         hidden: [B, T, D].
         prompt: projected prompt, [B, P, D].
-        modulation: the step's time embedding.
+        modulation: the step's time embedding, six rows.
         rope: cos and sin, [1, T, D] float32.
         bias: what is added to the prompt's attention scores, [B, 1, 1, P], or None.
     """
-    table = block.scale_shift_table[None] + modulation.block.unflatten(-1, (6, -1))
-    shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = map(modulation.spread, table.unbind(dim=1))
+    shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.rows(block.scale_shift_table)
     normed = block.norm1(hidden) * (1 + scale_attn) + shift_attn
     hidden = hidden + attention_forward(block.attn1, normed, normed, rope, None) * gate_attn
     hidden = hidden + attention_forward(block.attn2, hidden, prompt, None, bias)
@@ -125,38 +86,31 @@ def transformer_forward(
         checkpoint_every: recompute every n-th block in the backward pass; 0 is off.
     """
     hidden = transformer.proj_in(tokens)
-    modulation = embed_timesteps(transformer, timesteps, hidden.dtype)
+    modulation, final = embed_timesteps(transformer, timesteps, hidden.dtype)
     prompt = transformer.caption_projection(prompts.embeds)
     bias = prompt_bias(prompts.mask, tokens.dtype)
     for number, block in enumerate(transformer.transformer_blocks):
-        step = partial(block_forward, block)
-        if checkpoint_every and number % checkpoint_every == 0 and torch.is_grad_enabled():
-            step = partial(checkpoint, step, use_reentrant=False, preserve_rng_state=True)
+        step = checkpointed(partial(block_forward, block), number, checkpoint_every)
         hidden = step(hidden, prompt, modulation, rope, bias)
-    return output_forward(transformer, hidden, modulation)
+    return output_forward(transformer, hidden, final)
 
 
 def output_forward(transformer: LTXVideoTransformer3DModel, hidden: Tensor, modulation: Modulation) -> Tensor:
     """The last norm, modulation and projection: [B, T, D] → [B, T, C]."""
-    table = transformer.scale_shift_table[None] + modulation.output[:, None]
-    shift, scale = map(modulation.spread, table.unbind(dim=1))
+    shift, scale = modulation.rows(transformer.scale_shift_table)
     return transformer.proj_out(transformer.norm_out(hidden) * (1 + scale) + shift)
 
 
-def embed_timesteps(transformer: LTXVideoTransformer3DModel, timesteps: Tensor, dtype: torch.dtype) -> Modulation:
-    """Embed each distinct timestep once. `timesteps` stay float32 up to their sinusoids, whatever `dtype` is.
+def embed_timesteps(
+    transformer: LTXVideoTransformer3DModel, timesteps: Tensor, dtype: torch.dtype
+) -> tuple[Modulation, Modulation]:
+    """The blocks' modulation, six rows, and the output's, one row.
 
-    With first-frame conditioning a sample has T timesteps of two values; embedding them per token would cost 6·T·D.
+    Each distinct timestep is embedded once; `timesteps` stay float32 up to their sinusoids, whatever `dtype` is.
     """
-    assert timesteps.dtype == torch.float32, f"timesteps must be float32, not {timesteps.dtype}"
-    distinct, index = (timesteps[:, 0], None) if timesteps.shape[1] == 1 else timesteps.unique(return_inverse=True)
+    distinct, index = distinct_timesteps(timesteps)
     block, output = transformer.time_embed(distinct, batch_size=distinct.shape[0], hidden_dtype=dtype)
-    return Modulation(block, output, index)
-
-
-def prompt_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 for real tokens and −10000 for padding, [B, 1, 1, P] (heads and queries broadcast)."""
-    return ((1 - mask.to(dtype)) * -10000.0)[:, None, None, :]
+    return Modulation(block.unflatten(-1, (6, -1)), index), Modulation(output[:, None], index)
 
 
 def rope_tables(

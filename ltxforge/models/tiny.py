@@ -11,9 +11,15 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXVideoTransformer3DModel
+from diffusers import (
+    AutoencoderKLLTX2Video,
+    AutoencoderKLLTXVideo,
+    FlowMatchEulerDiscreteScheduler,
+    LTXVideoTransformer3DModel,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -55,16 +61,29 @@ def tiny_text_encoder(spec: ModelSpec) -> T5EncoderModel:
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Every byte is a token and every text ends in </s>, as T5's does; nothing is trained or downloaded."""
-    specials = ["<pad>", "</s>", "<unk>"]
+    return make_byte_tokenizer(
+        ["<pad>", "</s>", "<unk>"], "$A </s>", ("</s>", 1), eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        padding_side="right", model_max_length=TOKENIZER_LENGTH,
+    )  # fmt: skip
+
+
+def make_byte_tokenizer(
+    specials: list[str], template: str, added: tuple[str, int], **settings: Any
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes without merges.
+
+    Args:
+        specials: the first tokens; the 256 bytes follow.
+        template: what a text becomes, "$A" being its bytes.
+        added: the special token in `template` and its number.
+        settings: names of the special tokens, the padding's side and the longest text.
+    """
     vocabulary = {token: number for number, token in enumerate(specials + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-        padding_side="right", model_max_length=TOKENIZER_LENGTH,
-    )  # fmt: skip
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[added])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
 
 
 def tiny_vae(spec: ModelSpec) -> AutoencoderKLLTXVideo:
@@ -76,7 +95,7 @@ def tiny_vae(spec: ModelSpec) -> AutoencoderKLLTXVideo:
 
 
 @torch.no_grad()
-def calibrate(vae: AutoencoderKLLTXVideo, decode_timestep: float) -> None:
+def calibrate(vae: AutoencoderKLLTXVideo | AutoencoderKLLTX2Video, decode_timestep: float) -> None:
     """Set the latents' statistics, the posterior's width and the decoder's output range from one synthetic clip.
 
     The posterior's standard deviation becomes about a tenth of the latents', as in a trained VAE. The measured numbers

@@ -1,12 +1,13 @@
-"""A video as one picture: a few frames in a grid with their times, above them the prompt and what made the sample.
+"""A video as one picture: a few frames in a grid with their times, the prompt above them, the sound's wave below.
 
-Decides which frames are shown, how large, and where the text goes. Draws no conclusion about the video. Torch-free.
+Decides which frames are shown, how large, and where text and wave go. Draws no conclusion about the video. Torch-free.
 """
 
 from __future__ import annotations
 
 import bisect
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,13 @@ from ltxforge import durable
 MOST_FRAMES = 8
 # A tile is between these many pixels wide; tall ones are bounded by their height.
 SMALLEST_TILE, LARGEST_TILE, TALLEST_TILE = 160, 320, 400
+# A channel of sound is so many pixels high and drawn in so many times finer columns; quieter sound than this full scale
+# (-20 dB) is drawn quiet.
+WAVE_HEIGHT, WAVE_SMOOTHING, LEAST_FULL_SCALE = 44, 3, 0.1
 MARGIN, GAP, LABEL_HEIGHT, LEAST_WIDTH = 20, 10, 22, 520
 PROMPT_LINES = 3
 LONGEST_PROMPT = 1000  # characters; three lines hold fewer
+WAVE_PANEL, WAVE_MIDDLE, WAVES = (32, 35, 41), (58, 63, 72), ((104, 184, 178), (218, 164, 104))
 BACKGROUND, TITLE, TEXT, FAINT = (24, 26, 30), (240, 241, 243), (204, 208, 214), (134, 140, 150)
 
 
@@ -33,14 +38,21 @@ class SheetText:
     facts: str
 
 
-def write_contact_sheet(path: Path, frames: np.ndarray, fps: float, text: SheetText) -> None:
-    """Draw the sheet of `frames`, uint8 [N, height, width, 3], and write it as a PNG in one piece."""
+def write_contact_sheet(
+    path: Path, frames: np.ndarray, fps: float, text: SheetText, audio: np.ndarray | None = None
+) -> None:
+    """Draw the sheet and write it as a PNG in one piece.
+
+    Args:
+        frames: uint8 [N, height, width, 3].
+        audio: the sound of just these frames, [1 or 2, samples], full scale 1; None draws no wave.
+    """
     buffer = io.BytesIO()
-    draw_contact_sheet(frames, fps, text).save(buffer, format="PNG", optimize=True)
+    draw_contact_sheet(frames, fps, text, audio).save(buffer, format="PNG", optimize=True)
     durable.write_file(path, buffer.getvalue())
 
 
-def draw_contact_sheet(frames: np.ndarray, fps: float, text: SheetText) -> Image.Image:
+def draw_contact_sheet(frames: np.ndarray, fps: float, text: SheetText, audio: np.ndarray | None = None) -> Image.Image:
     """The sheet as an RGB picture. Tiny frames are enlarged by a whole factor without blurring, large ones reduced."""
     chosen = chosen_frames(len(frames))
     tile = tile_size(frames.shape[2], frames.shape[1])
@@ -50,7 +62,11 @@ def draw_contact_sheet(frames: np.ndarray, fps: float, text: SheetText) -> Image
     head = _head_lines(text, width - 2 * MARGIN)
     top = MARGIN + sum(height for _, _, _, height in head) + GAP
     bottom = top + rows * (tile[1] + LABEL_HEIGHT) + (rows - 1) * GAP
-    sheet = Image.new("RGB", (width, bottom + MARGIN - GAP), BACKGROUND)
+    strip = None if audio is None else _wave_strip(audio, len(frames) / fps, width - 2 * MARGIN)
+    total = bottom + MARGIN - GAP + (0 if strip is None else strip.height + GAP)
+    sheet = Image.new("RGB", (width, total), BACKGROUND)
+    if strip is not None:
+        sheet.paste(strip, (MARGIN, bottom + GAP // 2))
     draw = ImageDraw.Draw(sheet)
     line_top = MARGIN
     for line, font, colour, height in head:
@@ -90,6 +106,46 @@ def _tile(frame: np.ndarray, size: tuple[int, int]) -> Image.Image:
     if image.size == size:
         return image
     return image.resize(size, Image.Resampling.NEAREST if size[0] > image.width else Image.Resampling.LANCZOS)
+
+
+def envelope(channel: np.ndarray, columns: int) -> np.ndarray:
+    """Least and greatest value of the samples in each of `columns` equal parts: [2, columns]; no sample is left out."""
+    edges = np.linspace(0, len(channel), columns + 1)
+    first = np.minimum(np.floor(edges[:-1]).astype(int), len(channel) - 1)
+    last = np.maximum(np.ceil(edges[1:]).astype(int), first + 1)
+    parts = [channel[begin:end] for begin, end in zip(first, last, strict=True)]
+    return np.array([[part.min() for part in parts], [part.max() for part in parts]])
+
+
+def _wave_strip(audio: np.ndarray, seconds: float, width: int) -> Image.Image:
+    """The wave over the whole time, the left channel above the right one, the same two drawn once; below a label."""
+    audio = np.nan_to_num(np.asarray(audio, np.float64))
+    audio = audio if audio.shape[1] else np.zeros((1, 1))
+    channels = audio[:1] if np.ptp(audio, axis=0).max() < 1e-4 else audio
+    peak = float(np.abs(audio).max())
+    full_scale = max(LEAST_FULL_SCALE, peak)
+    strip = Image.new("RGB", (width, len(channels) * (WAVE_HEIGHT + 2) + LABEL_HEIGHT), BACKGROUND)
+    for row, (channel, colour) in enumerate(zip(channels, WAVES, strict=False)):
+        strip.paste(_wave(channel / full_scale, width, colour), (0, row * (WAVE_HEIGHT + 2)))
+    draw, font, top = ImageDraw.Draw(strip), ImageFont.load_default(13), strip.height - LABEL_HEIGHT + 4
+    loudness = f"peak {20 * math.log10(peak):.0f} dB" if peak > 1e-5 else "silence"
+    draw.text((0, top), f"sound {seconds:.2f} s", fill=TEXT, font=font)
+    kind = f"{'mono' if len(channels) == 1 else 'left above right'}, {loudness}"
+    draw.text((width - font.getlength(kind), top), kind, fill=FAINT, font=font)
+    return strip
+
+
+def _wave(channel: np.ndarray, width: int, colour: tuple[int, int, int]) -> Image.Image:
+    """One channel, full scale 1, as an envelope around a middle line."""
+    height = WAVE_HEIGHT * WAVE_SMOOTHING
+    panel = Image.new("RGB", (width * WAVE_SMOOTHING, height), WAVE_PANEL)
+    draw, middle, reach = ImageDraw.Draw(panel), height // 2, height // 2 - 2 * WAVE_SMOOTHING
+    draw.rectangle((0, middle - 1, panel.width, middle + 1), fill=WAVE_MIDDLE)
+    lows, highs = envelope(channel, panel.width)
+    for column, (low, high) in enumerate(zip(lows, highs, strict=True)):
+        if low or high:
+            draw.line((column, middle - high * reach, column, middle - low * reach), fill=colour)
+    return panel.resize((width, WAVE_HEIGHT), Image.Resampling.BOX)
 
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,8 +12,11 @@ import numpy as np
 import pytest
 
 from ltxforge.media import write
+from ltxforge.media.audio import read_audio
 from ltxforge.media.probe import probe
 from ltxforge.media.write import exact_rate, write_video
+
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffprobe") is None, reason="ffprobe is the oracle")
 
 
 def smooth(count: int, width: int = 96, height: int = 64) -> np.ndarray:
@@ -79,6 +84,65 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
         write_video(tmp_path / "a.mp4", smooth(9), 25)
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
     assert (tmp_path / "a.mp4").read_bytes() == before
+
+
+def chord(seconds: float, rate: int) -> np.ndarray:
+    time = np.arange(round(seconds * rate)) / rate
+    return 0.4 * np.stack([np.sin(2 * np.pi * 440 * time), np.sin(2 * np.pi * 660 * time + 1)])
+
+
+@pytest.mark.parametrize("rate", [16000, 24000, 44100, 48000])
+@pytest.mark.parametrize(("count", "fps"), [(9, 25.0), (49, 24.0), (97, 29.97), (1, 25.0), (17, 60.0)])
+def test_sound_begins_and_ends_with_the_picture(count: int, fps: float, rate: int, tmp_path: Path) -> None:
+    """Both as players see it, by the index, and as it decodes; whether too much or too little sound was given."""
+    path, seconds = tmp_path / "a.mp4", count / float(exact_rate(fps))
+    for given in (seconds + 0.5, 0.8 * seconds):
+        sound = chord(given, rate).astype(np.float32)
+        write_video(path, smooth(count, 32, 32), fps, audio=sound, sample_rate=rate, threads=1)
+        with av.open(str(path)) as container:
+            picture, track = container.streams.video[0], container.streams.audio[0]
+            ends = [float((s.start_time + s.duration) * s.time_base) for s in (picture, track)]
+            assert (track.codec_context.name, track.codec_context.layout.name, track.rate) == ("aac", "stereo", rate)
+            assert abs(ends[0] - ends[1]) <= 1 / fps and abs(ends[1] - seconds) <= 1 / fps
+        found = read_audio(path, 0.0, seconds, rate)
+        kept = min(found.shape[1], sound.shape[1])
+        # AAC is lossy, most so where the wave sets in or breaks off.
+        error = np.abs(found[:, :kept] - sound[:, :kept])
+        assert error[:, 1024:-1024].max(initial=0) < 0.03 and error[:, :1024].max() < 0.1
+        assert np.abs(found[:, kept + 2048 :]).max(initial=0) < 0.01
+
+
+@needs_ffmpeg
+def test_ffprobe_sees_tracks_of_one_length(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", smooth(49), 24, audio=chord(3.0, 48000), sample_rate=48000)
+    wanted = ["-show_entries", "stream=start_time,duration", "-of", "csv=p=0"]
+    told = subprocess.run(["ffprobe", "-v", "error", *wanted, tmp_path / "a.mp4"], capture_output=True, text=True)
+    starts, durations = zip(*(map(float, line.split(",")) for line in told.stdout.split()), strict=True)
+    assert starts == (0.0, 0.0)
+    assert durations[0] == pytest.approx(49 / 24, abs=1e-3) and abs(durations[0] - durations[1]) <= 1 / 24
+
+
+def test_one_channel_becomes_two_and_loud_sound_is_bounded(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", smooth(25), 25, audio=4 * chord(1.0, 48000)[:1], sample_rate=48000)
+    found = read_audio(tmp_path / "a.mp4", 0.0, 1.0, 48000)
+    assert np.abs(found[0] - found[1]).max() < 0.05 and 0.9 < np.abs(found).max() < 1.3
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, smooth(9), 25, audio=chord(0.3, 16000), sample_rate=16000, threads=1)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("audio", "rate"),
+    [(np.zeros((6, 100)), 48000), (np.zeros(100), 48000), (np.zeros((2, 100), np.int16), 48000),
+     (np.zeros((2, 100)), 17000)],
+)  # fmt: skip
+def test_impossible_sound(audio: np.ndarray, rate: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"audio must|AAC knows"):
+        write_video(tmp_path / "a.mp4", smooth(5), 25, audio=audio, sample_rate=rate)
+    assert not (tmp_path / "a.mp4").exists()
 
 
 @pytest.mark.parametrize("shape", [(3, 33, 32, 3), (3, 32, 33, 3), (0, 32, 32, 3), (3, 32, 32, 4)])

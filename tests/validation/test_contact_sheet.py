@@ -6,11 +6,15 @@ from PIL import Image
 
 from ltxforge.validation.contact_sheet import (
     LARGEST_TILE,
+    MARGIN,
     SMALLEST_TILE,
     TALLEST_TILE,
+    WAVE_HEIGHT,
+    WAVES,
     SheetText,
     chosen_frames,
     draw_contact_sheet,
+    envelope,
     tile_size,
     write_contact_sheet,
 )
@@ -94,3 +98,49 @@ def test_the_text_changes_the_picture_and_the_file_holds_the_picture(tmp_path):
     other = draw_contact_sheet(frames, 25, SheetText("fox", "A cat runs.", "step 1"))
     assert not np.array_equal(np.asarray(other), np.asarray(draw_contact_sheet(frames, 25, TEXT)))
     assert [entry.name for entry in path.parent.iterdir()] == ["fox.png"]
+
+
+def test_the_envelope_leaves_no_sample_out():
+    random = np.random.default_rng(0)
+    for samples, columns in ((1000, 7), (7, 100), (1, 5), (48000, 640)):
+        channel = random.standard_normal(samples)
+        lows, highs = envelope(channel, columns)
+        assert lows.min() == channel.min() and highs.max() == channel.max() and (lows <= highs).all()
+    spike = np.zeros(48000)
+    spike[24000] = 1.0
+    assert np.flatnonzero(envelope(spike, 640)[1]).tolist() == [320]
+
+
+def strip_of(sheet, plain):
+    """The part of the sheet that the sound added, without margins: [height, width, 3] floats."""
+    return np.asarray(sheet).astype(float)[plain.height - MARGIN :, MARGIN:-MARGIN]
+
+
+def test_the_wave_stands_where_it_sounds():
+    """A tone in the second half of the left channel, louder than one in the first half of the right."""
+    time = np.arange(48000) / 48000
+    tone = np.sin(2 * np.pi * 3000 * time)
+    audio = np.stack([0.8 * tone * (time >= 0.5), 0.2 * tone * (time < 0.5)]).astype(np.float32)
+    frames = noise(25, 64, 96)
+    plain = draw_contact_sheet(frames, 25, TEXT)
+    sheet = draw_contact_sheet(frames, 25, TEXT, audio)
+    assert np.array_equal(np.asarray(sheet)[: plain.height - MARGIN], np.asarray(plain)[: plain.height - MARGIN])
+    strip = strip_of(sheet, plain)
+    coloured = [np.abs(strip - colour).max(-1) < 12 for colour in WAVES]
+    columns, half = [mask.sum(0) for mask in coloured], strip.shape[1] // 2
+    assert not columns[0][: half - 2].any() and not columns[1][half + 2 :].any()
+    assert columns[0][half + 2 :].min() > 0.8 * WAVE_HEIGHT
+    assert 0.1 * WAVE_HEIGHT < np.median(columns[1][: half - 2]) < 0.35 * WAVE_HEIGHT
+    assert np.flatnonzero(coloured[0].any(1)).max() < np.flatnonzero(coloured[1].any(1)).min()
+
+
+def test_equal_channels_are_drawn_once_and_silence_is_a_line():
+    frames = noise(9, 64, 64)
+    wave = np.sin(np.arange(9000) / 7)[None]
+    both = np.concatenate([wave, -wave])
+    heights = [draw_contact_sheet(frames, 25, TEXT, audio).height for audio in (wave, wave.repeat(2, 0), both)]
+    assert heights[0] == heights[1] == heights[2] - WAVE_HEIGHT - 2
+    plain = draw_contact_sheet(frames, 25, TEXT)
+    for audio in (np.zeros((2, 9000)), np.zeros((2, 0)), np.full((2, 100), np.nan)):
+        strip = strip_of(draw_contact_sheet(frames, 25, TEXT, audio), plain)
+        assert not (np.abs(strip - WAVES[0]).max(-1) < 12).any()

@@ -1,0 +1,315 @@
+"""LTX-2's own block and transformer forward, over video and audio or one of them alone; 2.0, 2.3 and 2.5.
+
+The forward runs over the diffusers modules' own parameters, names unchanged; diffusers' forward is the oracle. Both
+modalities are computed by the same functions, told apart by `Modality`; versions by the modules that are there. What
+differs from diffusers: a modality that takes no part costs nothing and none of its modules is touched, timesteps are
+embedded once per distinct value, rope tables come from outside, gradient checkpointing takes an interval, and
+audio-video cross attention follows the official rule for per-token timesteps (`prepare_cross`). Loads no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import torch
+from diffusers import LTX2VideoTransformer3DModel
+from torch import Tensor, nn
+
+from ltxforge.models.blocks import (
+    Modulation,
+    Rope,
+    attention_forward,
+    checkpointed,
+    distinct_timesteps,
+    prompt_bias,
+)
+from ltxforge.shapes import LatentShape
+
+Each = TypeVar("Each")
+
+
+@dataclass(frozen=True, eq=False)
+class Modality:
+    """What diffusers calls a modality's modules and parameters.
+
+    The modules of one modality have the same names but for `prefix`. Cross attention, in which this modality asks and
+    the other one answers, has names of its own; `cross_rows` is where its scale and shift stand in both modalities'
+    tables.
+    """
+
+    prefix: str
+    cross_norm: str
+    cross_attn: str
+    cross_table: str
+    cross_rows: tuple[int, int]
+    cross_embed: str
+    gate_embed: str
+
+    def of(self, module: nn.Module, name: str) -> Any:
+        """This modality's part of a module, or None if the version has none."""
+        return getattr(module, self.prefix + name, None)
+
+
+VIDEO = Modality(
+    prefix="",
+    cross_norm="audio_to_video_norm",
+    cross_attn="audio_to_video_attn",
+    cross_table="video_a2v_cross_attn_scale_shift_table",
+    cross_rows=(0, 2),
+    cross_embed="av_cross_attn_video_scale_shift",
+    gate_embed="av_cross_attn_video_a2v_gate",
+)
+AUDIO = Modality(
+    prefix="audio_",
+    cross_norm="video_to_audio_norm",
+    cross_attn="video_to_audio_attn",
+    cross_table="audio_a2v_cross_attn_scale_shift_table",
+    cross_rows=(2, 4),
+    cross_embed="av_cross_attn_audio_scale_shift",
+    gate_embed="av_cross_attn_audio_v2a_gate",
+)
+CROSS_GATE_ROW = 4  # of the five rows of a cross table; the first four are scales and shifts
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One modality's input.
+
+    `tokens` [B, T, C] in the transformer's dtype. `timesteps` [B, 1] (one per sample) or [B, T] (one per token) and
+    `sample_timesteps` [B], both float32, sigma · 1000 and never rounded: the latter is the sample's noise level
+    whatever its clean tokens' timesteps are. `prompts` [B, P, E], this modality's half of the connectors' output;
+    `prompt_mask` [B, P], 1 real and 0 padding, or None where every position is real, as after registers. `rope` and
+    `cross_rope` from `video_ropes` or `audio_ropes`. `present` [B], 1 where the sample has this modality and 0 where
+    its tokens only fill the batch, or None where all have it: the other modality of a sample without it comes out as
+    if it were alone.
+    """
+
+    tokens: Tensor
+    timesteps: Tensor
+    sample_timesteps: Tensor
+    prompts: Tensor
+    rope: Rope
+    cross_rope: Rope
+    prompt_mask: Tensor | None = None
+    present: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Streams(Generic[Each]):
+    """Something of each modality; None where it takes no part."""
+
+    video: Each | None = None
+    audio: Each | None = None
+
+    def present(self) -> dict[Modality, Each]:
+        """The modalities that take part."""
+        both = {VIDEO: self.video, AUDIO: self.audio}
+        return {modality: each for modality, each in both.items() if each is not None}
+
+
+@dataclass(frozen=True)
+class Cross:
+    """What every block gets of a modality for cross attention.
+
+    `own` has four rows, `gate` one. `other_present` [B, 1, 1] is 0 where a sample lacks the other modality, None where
+    none does.
+    """
+
+    own: Modulation
+    gate: Modulation
+    other_present: Tensor | None
+    rope: Rope
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every block gets of a modality beside its tokens.
+
+    `own` has six rows, or nine where prompt attention is modulated; `prompt_rows` two, or one row of zeros where
+    prompts are modulated by the block's table alone. `cross` is None without the other modality.
+    """
+
+    own: Modulation
+    rope: Rope
+    prompt: Tensor
+    prompt_rows: Modulation
+    bias: Tensor | None
+    cross: Cross | None
+
+
+def transformer_forward(
+    transformer: LTX2VideoTransformer3DModel, streams: Streams[Stream], checkpoint_every: int = 0
+) -> Streams[Tensor]:
+    """The velocities [B, T, C] of the modalities that take part.
+
+    With one modality alone the result is the stock model's under `isolate_modalities=True`, not the joint model's.
+
+    Args:
+        transformer: diffusers' module; only its parameters and leaf modules are used.
+        streams: video, audio or both; with both, of equal B.
+        checkpoint_every: recompute every n-th block in the backward pass; 0 is off.
+    """
+    present = streams.present()
+    assert present, "at least one modality must take part"
+    hidden = {modality: modality.of(transformer, "proj_in")(stream.tokens) for modality, stream in present.items()}
+    given, output_rows = {}, {}
+    for modality in present:
+        given[modality], output_rows[modality] = prepare(transformer, modality, present)
+    for number, block in enumerate(transformer.transformer_blocks):
+        hidden = checkpointed(partial(block_forward, block), number, checkpoint_every)(hidden, given)
+    velocities = {m: output_forward(transformer, m, hidden[m], output_rows[m]) for m in present}
+    return Streams(video=velocities.get(VIDEO), audio=velocities.get(AUDIO))
+
+
+def prepare(
+    transformer: LTX2VideoTransformer3DModel, modality: Modality, present: Mapping[Modality, Stream]
+) -> tuple[Given, Modulation]:
+    """What all blocks share of one modality, and the output's modulation, one row."""
+    stream = present[modality]
+    dtype, count = stream.tokens.dtype, len(stream.tokens)
+    distinct, index = distinct_timesteps(stream.timesteps)
+    block, output = embed(modality.of(transformer, "time_embed"), distinct, dtype)
+    prompt, prompt_rows = stream.prompts, stream.prompts.new_zeros(1, 1, 1)
+    if (projection := modality.of(transformer, "caption_projection")) is not None:
+        prompt = projection(prompt)
+    if (prompt_embed := modality.of(transformer, "prompt_adaln")) is not None:
+        prompt_rows = embed(prompt_embed, stream.sample_timesteps, dtype)[0]
+    assert prompt.shape[0] == count and stream.sample_timesteps.shape == (count,)
+    given = Given(
+        own=Modulation(block, index),
+        rope=stream.rope,
+        prompt=prompt,
+        prompt_rows=Modulation(prompt_rows, None),
+        bias=None if stream.prompt_mask is None else prompt_bias(stream.prompt_mask, dtype),
+        cross=prepare_cross(transformer, modality, present),
+    )
+    return given, Modulation(output[:, None], index)
+
+
+def prepare_cross(
+    transformer: LTX2VideoTransformer3DModel, modality: Modality, present: Mapping[Modality, Stream]
+) -> Cross | None:
+    """The modality's side of cross attention, or None where it is alone.
+
+    Scale and shift follow the modality's own timesteps, per token where they are, and the gate follows the other
+    modality's noise level: the official trainer's rule. diffusers offers own and own (`use_cross_timestep=False`) or
+    other and other (True); all agree where no token is conditioned and both sigmas are equal.
+    """
+    stream = present[modality]
+    other = next((each for each in present.values() if each is not stream), None)
+    if other is None:
+        return None
+    dtype, config = stream.tokens.dtype, transformer.config
+    distinct, index = distinct_timesteps(stream.timesteps)
+    own, _ = embed(getattr(transformer, modality.cross_embed), distinct, dtype)
+    ratio = config.cross_attn_timestep_scale_multiplier / config.timestep_scale_multiplier
+    gate, _ = embed(getattr(transformer, modality.gate_embed), other.sample_timesteps * ratio, dtype)
+    return Cross(
+        own=Modulation(own, index),
+        gate=Modulation(gate, None),
+        other_present=None if other.present is None else other.present.to(dtype)[:, None, None],
+        rope=stream.cross_rope,
+    )
+
+
+def embed(module: nn.Module, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Timesteps [N] → modulation rows [N, K, D] and the embedding itself, [N, D]. Float32 up to the sinusoids."""
+    assert timesteps.dtype == torch.float32, f"timesteps must be float32, not {timesteps.dtype}"
+    rows, embedded = module(timesteps, batch_size=len(timesteps), hidden_dtype=dtype)
+    return rows.unflatten(-1, (-1, embedded.shape[-1])), embedded
+
+
+def block_forward(
+    block: nn.Module, hidden: dict[Modality, Tensor], given: Mapping[Modality, Given]
+) -> dict[Modality, Tensor]:
+    """One transformer block: self attention, prompt attention, each other, feed-forward. `hidden` is [B, T, D] each."""
+    for part in (self_attention, prompt_attention):
+        hidden = {modality: part(block, modality, tokens, given[modality]) for modality, tokens in hidden.items()}
+    if len(hidden) == 2:
+        hidden = cross_attention(block, hidden, given)
+    return {modality: feed_forward(block, modality, tokens, given[modality]) for modality, tokens in hidden.items()}
+
+
+def self_attention(block: nn.Module, modality: Modality, hidden: Tensor, given: Given) -> Tensor:
+    """The modality attends to itself, between rows 0 to 2 of its modulation."""
+    shift, scale, gate = given.own.rows(modality.of(block, "scale_shift_table"), 0, 3)
+    normed = modality.of(block, "norm1")(hidden) * (1 + scale) + shift
+    return hidden + attention_forward(modality.of(block, "attn1"), normed, normed, given.rope) * gate
+
+
+def prompt_attention(block: nn.Module, modality: Modality, hidden: Tensor, given: Given) -> Tensor:
+    """The modality attends to its prompt; 2.3 and 2.5 modulate both sides, the modality's with rows 6 to 8."""
+    table, prompt_table = modality.of(block, "scale_shift_table"), modality.of(block, "prompt_scale_shift_table")
+    query_rows = given.own.rows(table, 6) if len(table) > 6 else None
+    query, context = modality.of(block, "norm2")(hidden), given.prompt
+    if query_rows is not None:
+        query = query * (1 + query_rows[1]) + query_rows[0]
+    if prompt_table is not None:
+        shift, scale = given.prompt_rows.rows(prompt_table)
+        context = context * (1 + scale) + shift
+    mixed = attention_forward(modality.of(block, "attn2"), query, context, bias=given.bias)
+    return hidden + (mixed if query_rows is None else mixed * query_rows[2])
+
+
+def cross_attention(
+    block: nn.Module, hidden: Mapping[Modality, Tensor], given: Mapping[Modality, Given]
+) -> dict[Modality, Tensor]:
+    """Video attends to audio and audio to video, both to what the other was before."""
+    cross = {modality: each.cross for modality, each in given.items() if each.cross is not None}
+    normed = {modality: getattr(block, modality.cross_norm)(tokens) for modality, tokens in hidden.items()}
+
+    def side(modality: Modality, rows: tuple[int, int]) -> Tensor:
+        scale, shift = cross[modality].own.rows(getattr(block, modality.cross_table), *rows)
+        return normed[modality] * (1 + scale) + shift
+
+    changed = {}
+    for modality, other in ((VIDEO, AUDIO), (AUDIO, VIDEO)):
+        mixed = attention_forward(
+            getattr(block, modality.cross_attn),
+            side(modality, modality.cross_rows),
+            side(other, modality.cross_rows),
+            cross[modality].rope,
+            context_rope=cross[other].rope,
+        )
+        (gate,) = cross[modality].gate.rows(getattr(block, modality.cross_table), CROSS_GATE_ROW)
+        if (present := cross[modality].other_present) is not None:
+            gate = gate * present
+        changed[modality] = hidden[modality] + gate * mixed
+    return changed
+
+
+def feed_forward(block: nn.Module, modality: Modality, hidden: Tensor, given: Given) -> Tensor:
+    """The modality's feed-forward, between rows 3 to 5 of its modulation."""
+    shift, scale, gate = given.own.rows(modality.of(block, "scale_shift_table"), 3, 6)
+    normed = modality.of(block, "norm3")(hidden) * (1 + scale) + shift
+    return hidden + modality.of(block, "ff")(normed) * gate
+
+
+def output_forward(
+    transformer: LTX2VideoTransformer3DModel, modality: Modality, hidden: Tensor, modulation: Modulation
+) -> Tensor:
+    """The modality's last norm, modulation and projection: [B, T, D] → [B, T, C]."""
+    shift, scale = modulation.rows(modality.of(transformer, "scale_shift_table"))
+    normed = modality.of(transformer, "norm_out")(hidden) * (1 + scale) + shift
+    return modality.of(transformer, "proj_out")(normed)
+
+
+def video_ropes(
+    transformer: LTX2VideoTransformer3DModel, shape: LatentShape, fps: float, device: torch.device
+) -> tuple[Rope, Rope]:
+    """cos and sin, float32, for self attention and for cross attention, which knows time alone.
+
+    A token sits in the middle of what it covers: pixels in space, and in time seconds of the causal VAE's frames (the
+    first latent frame holds one frame, every other eight). Split tables are [1, H, T, K/2], interleaved [1, T, D].
+    """
+    coordinates = transformer.rope.prepare_video_coords(1, shape.frames, shape.height, shape.width, device, fps=fps)
+    return transformer.rope(coordinates), transformer.cross_attn_rope(coordinates[:, :1])
+
+
+def audio_ropes(transformer: LTX2VideoTransformer3DModel, length: int, device: torch.device) -> tuple[Rope, Rope]:
+    """As `video_ropes`, for `length` audio tokens of 40 ms each."""
+    coordinates = transformer.audio_rope.prepare_audio_coords(1, length, device)
+    return transformer.audio_rope(coordinates), transformer.cross_attn_audio_rope(coordinates)
