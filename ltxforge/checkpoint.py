@@ -65,7 +65,7 @@ class Checkpoints:
 
         Args:
             export: writes the LoRA file to the path it is given.
-            facts: what a restore must know: the plan's identity, the data, the attempt.
+            facts: what a restore must know: the plan's identity, the attempt, the version.
         """
         final = self.path(step)
         if final.exists():

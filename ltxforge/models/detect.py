@@ -103,7 +103,11 @@ def vae_clue(found: Found) -> Clue:
 
 
 def decide_version(transformer: Found, vae: Found, base: Source, claim: str | None) -> tuple[ModelSpec, list[str]]:
-    """The version, and the evidence for it. See the module's docstring for the rule."""
+    """The version, and the evidence for it.
+
+    A claim must agree with what headers and configs say. Without one, they must leave a single version, or the base
+    must be exactly where one of those that are left is published.
+    """
     clues = [] if transformer.builtin else transformer_clues(transformer)
     told = [] if vae.builtin else [vae_clue(vae)]
     if claim is not None:

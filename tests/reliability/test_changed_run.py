@@ -113,14 +113,24 @@ def test_more_steps_continue_a_finished_run(work):
 
 @pytest.mark.sweep
 def test_raised_steps_keep_the_schedule_that_the_run_began_with(work):
-    work.run("run.steps=6", out="once")
-    work.run("run.steps=6", out="twice")
-    work.run("run.steps=9", out="once")
-    work.run("run.steps=7", out="twice")
-    work.run("run.steps=9", out="twice")
+    ending = "optimizer.end_fraction=0.1"
+    work.run("run.steps=6", ending, out="once")
+    work.run("run.steps=6", ending, out="twice")
+    work.run("run.steps=9", ending, out="once")
+    work.run("run.steps=7", ending, out="twice")
+    work.run("run.steps=9", ending, out="twice")
     assert work.outcome("once", step=9) == work.outcome("twice", step=9)
     rates = {event["step"]: event["learning_rate"] for event in work.events("StepDone", "once")}
-    assert rates[3] > 0 and rates[7] == rates[9] == 0
+    assert rates[3] > rates[7] == rates[9] > 0
+
+
+@pytest.mark.sweep
+def test_a_schedule_that_ended_at_rate_0_asks_to_be_stretched(work):
+    work.run("run.steps=6")
+    assert "optimizer.decay_steps = 9" in work.run("run.steps=9", code=2).text
+    work.run("run.steps=9", "optimizer.decay_steps=9")
+    rates = {event["step"]: event["learning_rate"] for event in work.events("StepDone")}
+    assert all(rates[step] > 0 for step in range(1, 10))
 
 
 def test_a_finished_run_started_again_stays_as_it_is(finished, reference):
