@@ -134,6 +134,16 @@ class Child:
         if self.is_alive():
             os.kill(self.pid, number)
 
+    def go_on(self) -> None:
+        """Let it go on once it really stands still: an event is logged a moment before its signal is sent."""
+        self.until(self.stands_still, "its stop")
+        self.signal(signal.SIGCONT)
+
+    def stands_still(self) -> bool:
+        """Whether the process is stopped; where the system has no /proc to tell, it is taken for stopped."""
+        state = Path(f"/proc/{self.pid}/stat")
+        return not state.exists() or state.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "T"
+
     def wait(self) -> Child:
         """Wait for its end; one that hangs is killed, which shows in its code."""
         if self.code is None:

@@ -153,7 +153,7 @@ def test_an_entry_that_goes_bad_while_training_stops_the_run(work, reference):
     child.until(lambda: len(work.events("StepDone")) == 4, "step 4")
     for path in (work.folder / "cache" / "latents").rglob("*.safetensors"):
         flip(path)
-    child.signal(signal.SIGCONT)
+    child.go_on()
     child.require(65)
     assert "damaged or removed while the run used it" in child.text and "same command" in child.text
     work.run()

@@ -40,7 +40,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(leave, small_disk, work, refer
     child = work.start(out="disk/run", signal_at={"at": {"event": "StepDone", "step": 7}, "signal": signal.SIGSTOP})
     child.until(lambda: len(work.events("StepDone", "disk/run")) == 7, "step 7")
     ballast = fill(small_disk, leave)
-    child.signal(signal.SIGCONT)
+    child.go_on()
     child.require(75)
     assert "no space left" in child.text and "Free some space" in child.text and str(run) in child.text
     assert work.steps("disk/run") == [3, 6] and not list(run.glob("checkpoints/.*"))
@@ -57,7 +57,7 @@ def test_a_full_disk_while_caching(leave, small_disk, fresh, reference):
     child = fresh.start(cache, signal_at=stand_still)
     child.until(lambda: [e for e in fresh.events("PhaseStarted") if e["phase"] == "prompts"], "caching")
     ballast = fill(small_disk, leave)
-    child.signal(signal.SIGCONT)
+    child.go_on()
     child.require(75)
     assert "no space left" in child.text and not list((small_disk / "cache").rglob(".*"))
     ballast.unlink()
@@ -95,7 +95,7 @@ def test_a_run_directory_that_vanishes_is_told(work):
     child = work.start(signal_at={"at": {"event": "StepDone", "step": 4}, "signal": signal.SIGSTOP})
     child.until(lambda: len(work.events("StepDone")) == 4, "step 4")
     work.out().rename(work.out("taken-away"))
-    child.signal(signal.SIGCONT)
+    child.go_on()
     child.wait()
     assert "Traceback" not in child.text
     assert child.code in (0, 73), child.text

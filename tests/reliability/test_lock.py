@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 
@@ -16,7 +15,7 @@ def test_a_second_process_is_refused_while_the_first_runs(work, reference):
     second = work.run(code=73)
     assert f"process {first.pid} on {socket.gethostname()}, started " in second.text and "--out" in second.text
     assert {path: path.read_bytes() for path in work.out().rglob("*") if path.is_file()} == before
-    os.kill(first.pid, signal.SIGCONT)
+    first.go_on()
     first.require(0)
     reference.require(work.out())
 
