@@ -21,14 +21,13 @@ from ltxforge.models.sources import spec_of
 from ltxforge.plan import ModelPlan, Plan
 from ltxforge.planner import Facts
 from ltxforge.recipe.parse import Parsed
-from ltxforge.recipe.rules import dataset_id
+from ltxforge.recipe.rules import BUILTIN_DATASETS, dataset_id
 from ltxforge.recipe.schema import Dataset, Recipe, parse_size
 from ltxforge.signals import StopRequest
 from ltxforge.specs import ModelSpec
 from ltxforge.validation.prompts import PromptEntry, read_library
 
 T = TypeVar("T")
-DEMO_CLIPS = "builtin/shapes"
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def _model(recipe: Recipe, memo: Path) -> ModelPlan:
 
 
 def _clips(dataset: Dataset, spec: ModelSpec | None, where: Places, emit: Emit, stop: StopRequest) -> list[Clip]:
-    is_demo = dataset.path == DEMO_CLIPS
+    is_demo = dataset.path in BUILTIN_DATASETS
     folder = demo.render(where.cache / "builtin" / "shapes") if is_demo else Path(dataset.path)
     return scan(
         folder.expanduser(), dataset_id=dataset_id(dataset), resolution=parse_size(dataset.resolution),

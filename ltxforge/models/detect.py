@@ -63,8 +63,8 @@ def plan_model(
             _require_fitting_vae(spec, found["vae"])
         else:
             # A VAE that replaces the base's own says nothing about the base's transformer: it is checked, not asked.
-            own = own_vae(sources, base)
-            witness = own if own and vae and not transformer else found["vae"]
+            own = own_vae(sources, base) if vae else found["vae"]
+            witness = own if own and not transformer else found["vae"]
             spec, evidence = decide_version(found["transformer"], witness, sources.parse(base), version)
             _require_fitting_vae(spec, found["vae"])
             if transformer and own and own.vae and own.vae.family != spec.vae_family:
