@@ -90,7 +90,9 @@ class Resumed(Event):
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """One optimiser update. `loss` is the step's unweighted flow loss; `seconds` its wall time by part."""
+    """One optimiser update. `loss` is the step's unweighted flow loss of the video, or of the sound where that is
+    trained alone; `audio_loss` that of the sound, None in steps without any. `seconds` is the wall time by part.
+    """
 
     step: int
     steps: int
@@ -102,6 +104,9 @@ class StepDone(Event):
     loss_by_sample: tuple[float, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     peak_device_bytes: int = 0
+    audio_loss: float | None = None
+    audio_sigma: tuple[float, ...] = ()
+    audio_loss_by_sample: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

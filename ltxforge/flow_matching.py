@@ -25,6 +25,8 @@ SHIFT_AT_1024, SHIFT_AT_4096 = 0.95, 2.05
 # Percentiles that the stretched draw carries to 0 and 1, and the smallest sigma it keeps (LTX-2's trainer).
 STRETCH_LOW, STRETCH_HIGH = NormalDist().inv_cdf(0.005), NormalDist().inv_cdf(0.999)
 SMALLEST_SIGMA = 1e-3
+# What a modality's draws are called before their purpose.
+PREFIX = {"video": "", "audio": "audio-"}
 
 
 def mu_for_tokens(tokens: int) -> float:
@@ -52,10 +54,11 @@ def sigma_from_normal(z: float, mu: float, stretch: bool) -> float:
     return min(max(sigma, 0.0), 1.0)
 
 
-def sigma_at(flow: FlowPlan, tokens: int, seed: int, step: int, index: int) -> float:
-    """The σ of one sample, in float64."""
-    u = uniform(seed, "sigma", step, index)
-    if flow.sigma == "uniform" or uniform(seed, "sigma-kind", step, index) < flow.uniform_fraction:
+def sigma_at(flow: FlowPlan, tokens: int, seed: int, step: int, index: int, modality: str = "video") -> float:
+    """The σ of one sample, in float64. Each modality has draws of its own."""
+    u = uniform(seed, f"{PREFIX[modality]}sigma", step, index)
+    kind = uniform(seed, f"{PREFIX[modality]}sigma-kind", step, index)
+    if flow.sigma == "uniform" or kind < flow.uniform_fraction:
         return SMALLEST_SIGMA + (1 - SMALLEST_SIGMA) * u
     # u has 53 bits and may be 0, whose quantile is −∞; half a step inside keeps it finite (8.2 standard deviations).
     z = NormalDist().inv_cdf(u + 2.0**-54)
@@ -113,24 +116,42 @@ class NoisyBatch:
     mask: Tensor
     sigma: tuple[float, ...]
 
+    @property
+    def sample_timesteps(self) -> Tensor:
+        """[B] float32: σ·1000 of each sample, whatever its conditioning tokens have."""
+        return (torch.tensor(self.sigma, dtype=torch.float64) * 1000).to(torch.float32).to(self.timesteps.device)
 
-def noise_for(shape: Sequence[int], seed: int, step: int, index: int) -> Tensor:
+
+def noise_for(shape: Sequence[int], seed: int, step: int, index: int, modality: str = "video") -> Tensor:
     """ε for one sample: standard normal, float32, on the CPU, from the sample's own address."""
-    generator = torch.Generator().manual_seed(address(seed, "noise", step, index))
+    generator = torch.Generator().manual_seed(address(seed, f"{PREFIX[modality]}noise", step, index))
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
 
 
-def noise_batch(latents: Tensor, clean: Tensor, flow: FlowPlan, seed: int, step: int, first_index: int) -> NoisyBatch:
+def noise_batch(
+    latents: Tensor,
+    clean: Tensor,
+    flow: FlowPlan,
+    seed: int,
+    step: int,
+    first_index: int,
+    modality: str = "video",
+    sigma: Sequence[float] | None = None,
+) -> NoisyBatch:
     """Draw σ and ε for each sample and make the model's input and target.
 
     Args:
         latents: [B, T, C] clean latents x0, float32.
         clean: [B, T] bool, the conditioning tokens that stay clean.
         first_index: index of the first sample within the whole step's batch.
+        modality: whose draws these are, "video" or "audio".
+        sigma: one σ per sample where it is not drawn here but shared with the other modality.
     """
     batch, tokens, _ = latents.shape
-    sigma = [sigma_at(flow, tokens, seed, step, first_index + row) for row in range(batch)]
-    noise = torch.stack([noise_for(latents.shape[1:], seed, step, first_index + row) for row in range(batch)])
+    numbers = range(first_index, first_index + batch)
+    if sigma is None:
+        sigma = [sigma_at(flow, tokens, seed, step, number, modality) for number in numbers]
+    noise = torch.stack([noise_for(latents.shape[1:], seed, step, number, modality) for number in numbers])
     return mix(latents, noise.to(latents.device), sigma, clean)
 
 

@@ -51,7 +51,9 @@ class ComponentPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """The base model. `components` holds transformer, vae, text_encoder, tokenizer and scheduler."""
+    """The base model. `components` holds transformer, vae, text_encoder, tokenizer and scheduler; LTX-2's also
+    audio_vae, vocoder and connectors.
+    """
 
     base: str = free()
     version: str
@@ -83,12 +85,18 @@ class DevicePlan:
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """Samples of one size and rate. `samples` counts windows times repeats, `tokens` is the sequence length T."""
+    """Samples of one size and rate. `samples` counts windows times repeats, `tokens` is the sequence length T.
+
+    `audio_tokens` is the sound's sequence length L, 0 where no sound is trained; `with_sound` counts the samples that
+    have a sound track to train on.
+    """
 
     shape: ClipShape
     fps: float
     tokens: int
     samples: int
+    audio_tokens: int = 0
+    with_sound: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,8 @@ class SamplePlan:
     """One window of one clip: what is encoded, cached and trained on.
 
     `start_seconds` is the time of the first frame in the clip; frame n is at start + n / fps. `dataset` is a name, by
-    default the folder's: clips may be moved.
+    default the folder's: clips may be moved. `sound` is "" where none is trained, "own" for the clip's own track, else
+    the digest of the sound file beside it.
     """
 
     dataset: str = free()
@@ -107,6 +116,7 @@ class SamplePlan:
     fps: float
     start_seconds: float
     repeats: int = 1
+    sound: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,10 +135,15 @@ class DataPlan:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """`latents` is "mean" (the VAE posterior's mean) or "sample" (mean and standard deviation, drawn by address)."""
+    """`latents` is "mean" (the VAE posterior's mean) or "sample" (mean and standard deviation, drawn by address).
+
+    `text` says what is kept of a caption: "connectors" (their output) or "features" (what they are fed, trimmed to the
+    caption's real tokens; the connectors then run with every step). It means nothing to a model without connectors.
+    """
 
     directory: str = free()
     latents: str = "mean"
+    text: str = "connectors"
 
 
 @dataclass(frozen=True)
@@ -151,8 +166,18 @@ class ConditioningPlan:
 
 
 @dataclass(frozen=True)
+class AudioPlan:
+    """How sound is trained: `sigma` is "independent" of the video's or "shared" with it; `loss_weight` weighs it."""
+
+    sigma: str
+    loss_weight: float
+
+
+@dataclass(frozen=True)
 class LoraPlan:
-    """The adapter. `targets` are presets or patterns; `save_precision` is the exported file's dtype."""
+    """The adapter. `targets` are presets or patterns, within the modules of `modalities`; `save_precision` is the
+    exported file's dtype.
+    """
 
     rank: int
     alpha: float
@@ -160,6 +185,7 @@ class LoraPlan:
     rslora: bool
     targets: tuple[str, ...]
     save_precision: str = free(default="bf16")
+    modalities: str = "video"
 
 
 @dataclass(frozen=True)
@@ -184,12 +210,16 @@ class OptimizerPlan:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The step. `clip_norm` and `clip_value` are exclusive; both None means no clipping."""
+    """The step. `clip_norm` and `clip_value` are exclusive; both None means no clipping.
+
+    `modalities` says what is computed: "video", "audio" or "both". What is left out costs nothing.
+    """
 
     batch_size: int
     accumulate: int
     clip_norm: float | None
     clip_value: float | None
+    modalities: str = "video"
 
 
 @dataclass(frozen=True)
@@ -209,7 +239,11 @@ class CheckpointPlan:
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """One validation sample: everything its pipeline call needs. `image` is a path, or "" for text-to-video."""
+    """One validation sample: everything its pipeline call needs. `image` is a path, or "" for text-to-video.
+
+    From `audio_guidance` on for models with sound, see `model_spec.SamplingDefaults`. `frugal` decodes in tiles, with
+    no second model on the device.
+    """
 
     name: str
     prompt: str
@@ -220,6 +254,12 @@ class PromptPlan:
     steps: int
     guidance: float
     seed: int
+    audio_guidance: float | None = None
+    stg: float = 0.0
+    stg_blocks: tuple[int, ...] = ()
+    modality_guidance: float = 1.0
+    rescale: float = 0.0
+    frugal: bool = False
 
 
 @dataclass(frozen=True)
@@ -233,9 +273,15 @@ class ValidationPlan:
 
 @dataclass(frozen=True)
 class Estimates:
-    """What the plan can know before anything runs. Bytes."""
+    """What the plan can know before anything runs. Bytes.
+
+    `caption_bytes` is what one caption weighs in the cache as the plan keeps it, at its longest; `text_bytes` the same
+    for each choice of `CachePlan.text`, empty for a model without connectors.
+    """
 
     cache_bytes: int = 0
+    caption_bytes: int = 0
+    text_bytes: dict[str, int] = field(default_factory=dict)
     checkpoint_bytes: int = 0
     lora_bytes: int = 0
     download_bytes: int = 0
@@ -263,6 +309,7 @@ class Plan:
     validation: ValidationPlan
     directory: str = free()
     resume: str = free(default="latest")
+    audio: AudioPlan | None = None
     world_size: int = 1
     estimates: Estimates = free(default_factory=Estimates)
     notes: tuple[str, ...] = free(default=())

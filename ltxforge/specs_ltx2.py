@@ -1,4 +1,4 @@
-"""What is fixed about each LTX-2 version: 2.0, 2.3 and 2.5, dev and distilled; the same data as `specs.py` holds.
+"""What is fixed about each LTX-2 version: 2.0, 2.3 and 2.5, dev and distilled; and its built-in small twins.
 
 Data only. Sources: diffusers `scripts/convert_ltx2_to_diffusers.py` (wiring, schedulers), its LTX-2 page (guidance,
 names of converted models) and `pipelines/ltx2/utils.py` (the distilled steps); Lightricks' LTX-2 repository (2.0's 40
@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ltxforge.specs import DISTILLED_TIMESTEPS, SCHEDULER_DYNAMIC, Licence, ModelSpec, SamplingDefaults
+from ltxforge.model_spec import Licence, ModelSpec, SamplingDefaults
+from ltxforge.specs_ltx_video import DISTILLED_TIMESTEPS, SCHEDULER_DYNAMIC
 
 _REPOSITORY = "https://github.com/Lightricks/LTX-2/blob/main"
 LICENCE_20 = Licence("LTX-2 Community License Agreement", f"{_REPOSITORY}/LICENSE-2")

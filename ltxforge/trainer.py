@@ -6,9 +6,10 @@ again after the restart, with the same draws.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +21,8 @@ from ltxforge.dataset.batches import Batch
 from ltxforge.errors import NonFiniteError
 from ltxforge.events import Emit, StepDone
 from ltxforge.hardware import peak_bytes, reset_peak
-from ltxforge.models.interface import Noisy, VideoModel, pad_prompts, to_tokens
+from ltxforge.modalities import Streams
+from ltxforge.models.interface import Noisy, NoisyTokens, VideoModel, to_tokens
 from ltxforge.optim import Optimizer
 from ltxforge.plan import Plan, TrainingPlan
 from ltxforge.randomness import address
@@ -31,18 +33,38 @@ class StepData(Protocol):
     """The batches of a run (see dataset/batches.py)."""
 
     def load(self, step: int, micro: int) -> Batch: ...
-    def count_at(self, step: int) -> int: ...
+    def count_at(self, step: int) -> Streams[int]: ...
     def epoch_at(self, step: int) -> float: ...
 
 
 @dataclass(frozen=True)
-class StepLoss:
-    """The step's flow loss: the mean over its samples of each sample's masked mean."""
+class StreamLoss:
+    """One modality's flow loss: the mean over the step's samples that have it of each sample's masked mean."""
 
     value: float
     by_sample: tuple[float, ...]
     sigma: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The step's flow loss of each modality that it had, unweighted."""
+
+    streams: Streams[StreamLoss]
     seconds: dict[str, float]
+
+    @property
+    def main(self) -> StreamLoss:
+        """The video's, or the sound's where that is trained alone."""
+        return self.streams.items()[0][1]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """One modality's losses in a micro-batch, [samples that have it], and their sigmas."""
+
+    by_sample: Tensor
+    sigma: tuple[float, ...]
 
 
 def train(
@@ -75,21 +97,35 @@ def train(
         optimizer.step(rate)
         now = time.perf_counter()
         seconds = {**loss.seconds, "optimizer": now - updated, "step": now - began}
-        emit(StepDone(step, plan.steps, loss.value, grad_norm, rate, data.epoch_at(step), loss.sigma, loss.by_sample,
-                      seconds, peak_bytes(model.device)))  # fmt: skip
+        emit(step_done(plan, step, loss, grad_norm, rate, data.epoch_at(step), seconds, peak_bytes(model.device)))
         after_step(step)
     optimizer.clear_gradients()
     return step
 
 
+def step_done(
+    plan: Plan, step: int, loss: StepLoss, grad_norm: float, rate: float, epoch: float, seconds: dict[str, float],
+    peak: int,
+) -> StepDone:  # fmt: skip
+    """The event of a finished update."""
+    main, audio = loss.main, loss.streams.audio
+    return StepDone(
+        step, plan.steps, main.value, grad_norm, rate, epoch, main.sigma, main.by_sample, seconds, peak,
+        audio_loss=audio.value if audio else None,
+        audio_sigma=audio.sigma if audio else (),
+        audio_loss_by_sample=audio.by_sample if audio else (),
+    )  # fmt: skip
+
+
 def accumulate(plan: Plan, model: VideoModel, data: StepData, step: int, stop: StopRequest) -> StepLoss | None:
     """Forward and backward over the step's micro-batches; None if a stop came in between.
 
-    Every sample weighs 1 / (samples in the whole step), so the gradient does not depend on how the step is cut up.
+    Every sample weighs 1 / (samples of its modality in the whole step), so the gradient does not depend on how the step
+    is cut up, nor on how many of its samples have sound.
     """
-    count = data.count_at(step)
-    values: list[Tensor] = []
-    sigma: tuple[float, ...] = ()
+    counts = dict(data.count_at(step).items())
+    weights = {"video": 1.0, "audio": plan.audio.loss_weight if plan.audio else 0.0}
+    found: dict[str, list[Losses]] = {}
     seconds = dict.fromkeys(("data", "forward", "backward"), 0.0)
     for micro in range(plan.training.accumulate):
         if stop.requested:
@@ -97,28 +133,65 @@ def accumulate(plan: Plan, model: VideoModel, data: StepData, step: int, stop: S
         times = [time.perf_counter()]
         batch = data.load(step, micro)
         times.append(time.perf_counter())
-        losses, drawn = forward(plan, model, batch, step, micro)
+        losses = forward(plan, model, batch, step, micro)
         times.append(time.perf_counter())
-        (losses.sum() / count).backward()
+        parts = [weights[name] * each.by_sample.sum() / counts[name] for name, each in losses.items()]
+        sum(parts[1:], parts[0]).backward()
         times.append(time.perf_counter())
-        values.append(losses.detach())
-        sigma += drawn
+        for name, each in losses.items():
+            found.setdefault(name, []).append(Losses(each.by_sample.detach(), each.sigma))
         for part, first, last in zip(seconds, times, times[1:], strict=False):
             seconds[part] += last - first
-    by_sample = torch.cat(values).tolist()
-    return StepLoss(sum(by_sample) / count, tuple(by_sample), sigma, seconds)
+    return StepLoss(Streams(**{name: whole_step(each, counts[name]) for name, each in found.items()}), seconds)
 
 
-def forward(plan: Plan, model: VideoModel, batch: Batch, step: int, micro: int) -> tuple[Tensor, tuple[float, ...]]:
-    """One micro-batch's losses [B] and its sigmas."""
-    latents = to_tokens(batch.latents.to(model.device))
-    noisy = flow_matching.noise_batch(
-        latents, batch.clean.to(model.device), plan.flow, plan.seed, step, batch.first_index
-    )
-    prompts = pad_prompts(batch.prompts, plan.conditioning.prompt_tokens, model.device, model.dtype)
+def whole_step(losses: Sequence[Losses], count: int) -> StreamLoss:
+    """One modality's loss over all micro-batches."""
+    by_sample = torch.cat([each.by_sample for each in losses]).tolist()
+    return StreamLoss(sum(by_sample) / count, tuple(by_sample), sum((each.sigma for each in losses), ()))
+
+
+def forward(plan: Plan, model: VideoModel, batch: Batch, step: int, micro: int) -> Streams[Losses]:
+    """One micro-batch's losses."""
+    drawn = draw(plan, batch, step, model.device)
+    prompts = model.batch_prompts(batch.prompts, plan.conditioning.prompt_tokens)
+    present = Streams(audio=batch.present)
+    inputs = {
+        name: NoisyTokens(
+            each.tokens.to(model.dtype), each.timesteps, each.sample_timesteps, dict(present.items()).get(name)
+        )
+        for name, each in drawn.items()
+    }
     torch.manual_seed(address(plan.seed, "model", step, micro))  # for draws inside the model: dropout
-    prediction = model.predict(Noisy(noisy.tokens.to(model.dtype), noisy.timesteps, batch.shape, batch.fps), prompts)
-    return flow_matching.loss_by_sample(prediction, noisy), noisy.sigma
+    predicted = dict(model.predict(Noisy(Streams(**inputs), batch.shape, batch.fps), prompts).items())
+    losses = {}
+    for name, each in drawn.items():
+        by_sample = flow_matching.loss_by_sample(predicted[name], each)
+        losses[name] = of_those_present(by_sample, each.sigma, batch.present if name == "audio" else None)
+    return Streams(**losses)
+
+
+def of_those_present(by_sample: Tensor, sigma: tuple[float, ...], present: Tensor | None) -> Losses:
+    """The losses of the samples that have the modality."""
+    if present is None:
+        return Losses(by_sample, sigma)
+    kept = present.tolist()
+    return Losses(by_sample[present.to(by_sample.device)], tuple(itertools.compress(sigma, kept)))
+
+
+def draw(plan: Plan, batch: Batch, step: int, device: torch.device) -> Streams[flow_matching.NoisyBatch]:
+    """Sigma and noise of each modality. The sound's sigma is its own, or the video's where the plan shares it."""
+    video = audio = None
+    if (latents := batch.latents.video) is not None:
+        tokens, clean = to_tokens(latents.to(device)), batch.clean.to(device)
+        video = flow_matching.noise_batch(tokens, clean, plan.flow, plan.seed, step, batch.first_index)
+    if (sound := batch.latents.audio) is not None:
+        shared = video.sigma if video and plan.audio and plan.audio.sigma == "shared" else None
+        clean = torch.zeros(sound.shape[:2], dtype=torch.bool, device=device)
+        audio = flow_matching.noise_batch(
+            sound.to(device), clean, plan.flow, plan.seed, step, batch.first_index, "audio", shared
+        )
+    return Streams(video, audio)
 
 
 def clip_gradients(parameters: object, training: TrainingPlan) -> float:
@@ -134,12 +207,17 @@ def clip_gradients(parameters: object, training: TrainingPlan) -> float:
 
 
 def require_finite(step: int, loss: StepLoss, grad_norm: float) -> None:
-    """Raise before the weights change if the loss or the gradient is NaN or infinite."""
-    if math.isfinite(loss.value) and math.isfinite(grad_norm):
+    """Raise before the weights change if a loss or the gradient is NaN or infinite."""
+    losses = [each.value for _, each in loss.streams.items()]
+    if all(map(math.isfinite, [*losses, grad_norm])):
         return
-    worst = [f"sigma {s:.4f}: loss {v}" for s, v in zip(loss.sigma, loss.by_sample, strict=True)]
+    worst = [
+        f"{name}, sigma {sigma:.4f}: loss {value}"
+        for name, each in loss.streams.items()
+        for sigma, value in zip(each.sigma, each.by_sample, strict=True)
+    ]
     raise NonFiniteError(
-        f"step {step} gave loss {loss.value} and gradient norm {grad_norm} ({'; '.join(worst)})",
+        f"step {step} gave loss {loss.main.value} and gradient norm {grad_norm} ({'; '.join(worst)})",
         remedy="The weights were not changed and the last checkpoint is intact, but the same settings come here again:"
         ' start a new run with --out and a lower optimizer.learning_rate, or training.precision = "fp32".',
     )

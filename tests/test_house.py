@@ -14,8 +14,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"printable", "errors", "events", "shapes", "randomness", "durable", "digests", "lock", "signals"},
-    {"recipe", "specs", "specs_ltx2"},
+    {
+        "printable",
+        "errors",
+        "events",
+        "shapes",
+        "modalities",
+        "model_spec",
+        "randomness",
+        "durable",
+        "digests",
+        "lock",
+        "signals",
+    },
+    {"recipe", "specs", "specs_ltx2", "specs_ltx_video"},
     {"plan", "media", "hardware", "distributed"},
     {"models", "lora", "flow_matching", "dataset"},
     {"checkpoint", "optim", "run_directory"},
@@ -31,7 +43,9 @@ BESIDE = {
     ("lock", "durable"),
     ("lock", "errors"),
     ("recipe", "specs"),
-    ("specs_ltx2", "specs"),
+    ("specs", "specs_ltx_video"),
+    ("specs", "specs_ltx2"),
+    ("specs_ltx2", "specs_ltx_video"),
     ("dataset", "models"),
     ("run_directory", "checkpoint"),
     ("planner", "validation"),

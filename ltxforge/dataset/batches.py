@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ltxforge.dataset.cache import Cache
-from ltxforge.dataset.encode import CachedData, CachedSample, read
+from ltxforge.dataset.encode import CachedData, CachedSample, read, read_prompt_at
+from ltxforge.modalities import Streams
 from ltxforge.models.interface import PromptEmbeddings
 from ltxforge.plan import Plan
 from ltxforge.randomness import address, permutation, uniform
@@ -35,12 +36,15 @@ class Batch:
     """One micro-batch on the host.
 
     Attributes:
-        latents: [B, C, F, Y, X] float32, normalised.
+        latents: float32, normalised: of the video [B, C, F, Y, X], of the sound [B, L, C], zeros where a sample has
+            none; None where no sample has any or it is not trained.
+        present: [B] bool, which samples have sound; None without sound.
         prompts: one per sample; the empty prompt's where the caption was dropped.
-        clean: [B, T] bool, tokens kept clean (first-frame conditioning).
+        clean: [B, T] bool, the video tokens kept clean (first-frame conditioning).
     """
 
-    latents: Tensor
+    latents: Streams[Tensor]
+    present: Tensor | None
     prompts: list[PromptEmbeddings]
     clean: Tensor
     shape: LatentShape
@@ -70,9 +74,10 @@ class Batches:
         before = sum(len(self._samples(step, earlier)) for earlier in range(micro))
         return BatchIndex(self._samples(step, micro), before)
 
-    def count_at(self, step: int) -> int:
-        """Samples in the whole step: the loss's divisor, known before the first forward."""
-        return sum(len(self._samples(step, micro)) for micro in range(self._plan.training.accumulate))
+    def count_at(self, step: int) -> Streams[int]:
+        """Samples of each modality in the whole step: the losses' divisors, known before the first forward."""
+        count = sum(len(self._samples(step, micro)) for micro in range(self._plan.training.accumulate))
+        return Streams(video=count)
 
     def load(self, step: int, micro: int) -> Batch:
         """Read a micro-batch from the cache, each entry verified, with its draws made."""
@@ -81,7 +86,10 @@ class Batches:
         numbers = range(index.first_index, index.first_index + len(chosen))
         shape = chosen[0].sample.shape.latent()
         return Batch(
-            latents=torch.stack([self._latents(item, step, n) for item, n in zip(chosen, numbers, strict=True)]),
+            latents=Streams(
+                torch.stack([self._latents(item, step, n) for item, n in zip(chosen, numbers, strict=True)])
+            ),
+            present=None,
             prompts=[self._prompt(item, step, n) for item, n in zip(chosen, numbers, strict=True)],
             clean=torch.stack([self._clean(shape, step, n) for n in numbers]),
             shape=shape,
@@ -120,7 +128,7 @@ class Batches:
     def _prompt(self, item: CachedSample, step: int, index: int) -> PromptEmbeddings:
         dropped = uniform(self._plan.seed, "caption", step, index) < self._plan.conditioning.caption_dropout
         key = self._data.empty_prompt_key if dropped else item.prompt_key
-        return PromptEmbeddings(read(self._cache, "prompts", key)["embeds"])
+        return read_prompt_at(self._cache, key)
 
     def _clean(self, shape: LatentShape, step: int, index: int) -> Tensor:
         """[T]: the first latent frame's tokens, if the draw says so and there is more than one frame."""

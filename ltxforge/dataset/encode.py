@@ -7,9 +7,10 @@ nothing is missing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -25,14 +26,13 @@ from ltxforge.digests import FileDigests
 from ltxforge.errors import DataError, Stopped
 from ltxforge.events import ClipJudged, Emit, Note, PhaseAdvanced, PhaseEnded, PhaseStarted
 from ltxforge.media.decode import RESIZE, DecodeError, decode
-from ltxforge.models.interface import Latents, PromptEmbeddings
+from ltxforge.models.interface import Latents, PromptEmbeddings, WantedPrompt
 from ltxforge.plan import Plan, SamplePlan, identity
 from ltxforge.signals import StopRequest
 
 # Raised by hand when an encoding changes meaning; tests/dataset/test_encode.py holds the values they guard.
 LATENTS_VERSION = 1
-PROMPTS_VERSION = 1
-PROMPTS_AT_ONCE = 8
+PROMPTS_VERSION = 2
 
 
 class Encoders(Protocol):
@@ -41,9 +41,10 @@ class Encoders(Protocol):
     vae_dtype: torch.dtype
     text_dtype: torch.dtype
 
-    def text_encoder(self) -> AbstractContextManager[Any]: ...
     def vae(self) -> AbstractContextManager[Any]: ...
-    def encode_prompts(self, captions: Sequence[str], tokens: int) -> list[PromptEmbeddings]: ...
+    def encode_prompts(
+        self, wanted: Sequence[WantedPrompt], tokens: int
+    ) -> Generator[PromptEmbeddings, None, None]: ...
     def encode_clip(self, frames: torch.Tensor) -> Latents: ...
 
 
@@ -141,13 +142,12 @@ def fill_prompts(plan: Plan, model: Encoders, cache: Cache, emit: Emit, stop: St
     phase.advance(len(found), "already cached")
     missing = [caption for caption in captions if caption not in found]
     if missing:
-        with model.text_encoder():
-            for start in range(0, len(missing), PROMPTS_AT_ONCE):
-                part = missing[start : start + PROMPTS_AT_ONCE]
-                encoded = model.encode_prompts(part, plan.conditioning.prompt_tokens)
-                for caption, prompt in zip(part, encoded, strict=True):
-                    found[caption] = _short(cache.write("prompts", keys[caption], {"embeds": prompt.embeds}))
-                phase.advance(len(part))
+        wanted = [WantedPrompt(caption) for caption in missing]
+        with contextlib.closing(model.encode_prompts(wanted, plan.conditioning.prompt_tokens)) as encoded:
+            for caption, prompt in zip(missing, encoded, strict=True):
+                tensors = {**prompt.tensors, "tokens": torch.tensor(prompt.tokens)}
+                found[caption] = _short(cache.write("prompts", keys[caption], tensors))
+                phase.advance(1)
     limit = plan.conditioning.prompt_tokens
     if at_limit := sum(tokens >= limit for _, tokens in found.values()):
         emit(Note(f"captions that reach the limit of {limit} tokens and may be cut: {at_limit}", "warning"))
@@ -157,7 +157,7 @@ def fill_prompts(plan: Plan, model: Encoders, cache: Cache, emit: Emit, stop: St
 
 def _short(entry: Entry) -> tuple[str, int]:
     """An entry's digest and number of tokens: ten thousand captions must not be held in memory."""
-    return entry.digest, entry.tensors["embeds"].shape[0]
+    return entry.digest, int(entry.tensors["tokens"])
 
 
 def validation_captions(plan: Plan) -> set[str]:
@@ -168,7 +168,13 @@ def validation_captions(plan: Plan) -> set[str]:
 
 def read_prompt(plan: Plan, cache: Cache, caption: str, dtype: torch.dtype) -> PromptEmbeddings:
     """A cached prompt. Raises DataError when its entry was damaged after caching."""
-    return PromptEmbeddings(read(cache, "prompts", prompt_key(plan, caption, dtype))["embeds"])
+    return read_prompt_at(cache, prompt_key(plan, caption, dtype))
+
+
+def read_prompt_at(cache: Cache, key: Key) -> PromptEmbeddings:
+    """The prompt of a key. Raises DataError as `read` does."""
+    tensors = read(cache, "prompts", key)
+    return PromptEmbeddings({name: tensors[name] for name in tensors.keys() - {"tokens"}}, int(tensors["tokens"]))
 
 
 def read(cache: Cache, kind: str, key: Key) -> dict[str, torch.Tensor]:

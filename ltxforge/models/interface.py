@@ -1,85 +1,106 @@
 """The one interface through which everything else sees a model, and the tensors that cross it.
 
-Decides the layouts (latents [C, F, Y, X], tokens [B, T, C]) and the padding of prompts. Knows no model family: there is
+Decides the layouts: latents [C, F, Y, X], tokens [B, T, C]. Knows no model family: there is
 no `if model == …` anywhere above this floor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from ltxforge.modalities import Streams
+from ltxforge.plan import PromptPlan
 from ltxforge.shapes import LatentShape
 from ltxforge.specs import ModelSpec
 
 
 @dataclass(frozen=True)
 class Latents:
-    """A clip's VAE posterior, [C, F, Y, X] float32, normalised with the VAE's own statistics.
+    """A VAE's posterior, float32, normalised with the VAE's own statistics: `mean` and `std` of one shape.
 
-    A draw from the posterior is `mean + std · ε`.
+    Of a clip [C, F, Y, X], of its sound [L, C], one token per latent frame. A draw from it is `mean + std · ε`.
     """
 
     mean: Tensor
     std: Tensor
 
-    @property
-    def shape(self) -> LatentShape:
-        """F, Y and X."""
-        return LatentShape(*self.mean.shape[1:])
-
 
 @dataclass(frozen=True)
 class PromptEmbeddings:
-    """One caption's text-encoder output, [P, E], trimmed to its real tokens, in the dtype it was encoded in."""
+    """One caption as the text side leaves it, on the CPU, in the dtype it was encoded in.
 
-    embeds: Tensor
+    `tensors` have names that only the model reads: `embeds` [P, E] of T5, trimmed to its real tokens; `video` and
+    `audio` [P, D] of LTX-2's connectors, whole; or what the connectors are fed, trimmed. `tokens` counts the caption's
+    real tokens, cut ones left out.
+    """
+
+    tensors: Mapping[str, Tensor]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class WantedPrompt:
+    """A caption to encode, and for which modalities ("video", "audio", "both") its embeddings will serve."""
+
+    text: str
+    modalities: str = "video"
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts of one batch: `embeds` [B, P, E], zero where there is no token; `mask` [B, P], 1 real and 0 padding."""
+    """Prompts of one batch: `embeds` [B, P, E] for each modality; `mask` [B, P], 1 real and 0 padding.
 
-    embeds: Tensor
-    mask: Tensor
+    `mask` is None where every position is real, as after LTX-2's connectors.
+    """
+
+    embeds: Streams[Tensor]
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Noisy:
-    """What the transformer sees.
+class NoisyTokens:
+    """One modality as the transformer sees it.
 
-    `tokens` [B, T, C]; `timesteps` [B, 1] (one per sample) or [B, T] (one per token), float32, sigma · 1000 and never
-    rounded; `shape` of the latents behind the T tokens; `fps` of the clip, which scales the time coordinate.
+    `tokens` [B, T, C]; `timesteps` [B, 1] (one per sample) or [B, T] (one per token) and `sample_timesteps` [B], the
+    sample's own noise level whatever its clean tokens have: float32, sigma · 1000 and never rounded. `present` [B] is 1
+    where the sample has this modality and 0 where its tokens only fill the batch; None where all have it.
     """
 
     tokens: Tensor
     timesteps: Tensor
+    sample_timesteps: Tensor
+    present: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """What the transformer sees: each modality's tokens, the `shape` of the video latents behind them, and the clip's
+    `fps`, which scales the time coordinate.
+    """
+
+    streams: Streams[NoisyTokens]
     shape: LatentShape
     fps: float
 
 
-def pad_prompts(
-    prompts: Sequence[PromptEmbeddings], tokens: int, device: torch.device | str, dtype: torch.dtype
-) -> PromptBatch:
-    """Stack prompts to [B, tokens, E] with zeros under the mask.
-
-    The text encoder's own output at padding positions is not needed: attention adds −10000 there, whose softmax weight
-    is exactly 0, so zeros give the same bits.
+@dataclass(frozen=True)
+class Sample:
+    """One sampled video: latents [T, C] and [L, C] after the last denoising step, `frames` uint8 [N, height, width, 3],
+    and the sound of just these frames, float32 [channels, samples] at `sound_rate` Hz, or None.
     """
-    width = prompts[0].embeds.shape[-1]
-    embeds = torch.zeros(len(prompts), tokens, width, device=device, dtype=dtype)
-    mask = torch.zeros(len(prompts), tokens, device=device, dtype=torch.float32)
-    for row, prompt in enumerate(prompts):
-        length = prompt.embeds.shape[0]
-        assert length <= tokens, f"a prompt of {length} tokens does not fit in {tokens}"
-        embeds[row, :length] = prompt.embeds.to(device=device, dtype=dtype)
-        mask[row, :length] = 1
-    return PromptBatch(embeds, mask)
+
+    latents: Streams[Tensor]
+    frames: np.ndarray
+    sound: np.ndarray | None = None
+    sound_rate: int = 0
 
 
 def to_tokens(latents: Tensor) -> Tensor:
@@ -93,12 +114,18 @@ def from_tokens(tokens: Tensor, shape: LatentShape) -> Tensor:
 
 
 class VideoModel(Protocol):
-    """A base model. Encoders load on demand and are freed; training touches `predict` and `blocks` alone."""
+    """A base model. Encoders load on demand and are freed; training touches `predict` and `blocks` alone.
+
+    `modalities` says what it computes: "video", "audio" or "both"; what is left out costs nothing.
+    """
 
     spec: ModelSpec
     rope: str
     device: torch.device
     dtype: torch.dtype
+    vae_dtype: torch.dtype
+    text_dtype: torch.dtype
+    modalities: str
 
     @property
     def transformer(self) -> nn.Module:
@@ -109,28 +136,49 @@ class VideoModel(Protocol):
         """Put the transformer, frozen, on the device."""
         ...
 
-    def text_encoder(self) -> AbstractContextManager[None]:
-        """Hold text encoder and tokenizer on the device. Never together with `vae()`."""
-        ...
-
     def vae(self) -> AbstractContextManager[None]:
-        """Hold the VAE on the device. Never together with `text_encoder()`."""
+        """Hold the VAE on the device. No two encoders are ever held together."""
         ...
 
-    def encode_prompts(self, captions: Sequence[str], tokens: int) -> list[PromptEmbeddings]:
-        """Encode captions, each padded or cut to `tokens` for the encoder; on the CPU. Inside `text_encoder()`."""
+    def audio_vae(self) -> AbstractContextManager[None]:
+        """Hold the audio VAE on the device, in float32. Only where `spec.has_audio`."""
+        ...
+
+    def encode_prompts(self, wanted: Sequence[WantedPrompt], tokens: int) -> Generator[PromptEmbeddings, None, None]:
+        """Encode captions in order, each padded or cut to `tokens` for the encoder; on the CPU.
+
+        Text encoders are loaded when the first caption is asked for and freed at the end or when the iterator is
+        closed. Nothing else is on the device with a text encoder. A model without sound makes nothing of `modalities`.
+        """
         ...
 
     def encode_clip(self, frames: Tensor) -> Latents:
         """Encode uint8 frames [N, height, width, 3], N = 8k + 1; on the CPU. Inside `vae()`."""
         ...
 
+    def sound_length(self, seconds: float) -> int:
+        """L: how many audio latents belong to a video of this duration."""
+        ...
+
+    @property
+    def sound_rate(self) -> int:
+        """The sample rate, in Hz, that `encode_sound` wants."""
+        ...
+
+    def encode_sound(self, waveform: Tensor, length: int) -> Latents:
+        """Encode float32 [2, samples] at `sound_rate` to [L, C], L = `length`; on the CPU. Inside `audio_vae()`."""
+        ...
+
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [C, F, Y, X] → uint8 frames [N, height, width, 3] on the CPU. Inside `vae()`."""
         ...
 
-    def predict(self, noisy: Noisy, prompts: PromptBatch) -> Tensor:
-        """The velocity, noise − latents, [B, T, C] in the model's dtype."""
+    def batch_prompts(self, prompts: Sequence[PromptEmbeddings], tokens: int) -> PromptBatch:
+        """Stack prompts on the device, in the model's dtype, ready for `predict`; `tokens` as in `encode_prompts`."""
+        ...
+
+    def predict(self, noisy: Noisy, prompts: PromptBatch) -> Streams[Tensor]:
+        """The velocity, noise − latents, [B, T, C] of each modality that is in `noisy`, in the model's dtype."""
         ...
 
     def blocks(self) -> Sequence[nn.Module]:
@@ -141,6 +189,19 @@ class VideoModel(Protocol):
         """Recompute every n-th block in the backward pass instead of keeping its activations; 0 is off."""
         ...
 
-    def pipeline(self, with_image: bool) -> Any:
-        """diffusers' own sampling pipeline over this transformer and the loaded VAE. Inside `vae()`."""
+    def sample(
+        self,
+        prompt: PromptPlan,
+        prompts: Mapping[str, PromptEmbeddings],
+        tokens: int,
+        image: Image.Image | None,
+        on_step: Callable[[int], None],
+    ) -> Sample:
+        """Make one sample by diffusers' own pipeline over this transformer; loads and frees the VAEs it needs.
+
+        Args:
+            prompts: the embeddings of the prompt's text, and of the negative one's where guidance uses it; for "both".
+            image: the first frame, of the prompt's size, or None for text-to-video.
+            on_step: called with the number of finished denoising steps; may raise to break off.
+        """
         ...

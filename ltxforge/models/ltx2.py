@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from diffusers import LTX2VideoTransformer3DModel
 from torch import Tensor, nn
 
+from ltxforge.modalities import Streams
 from ltxforge.models.blocks import (
     Modulation,
     Rope,
@@ -27,8 +28,6 @@ from ltxforge.models.blocks import (
     prompt_bias,
 )
 from ltxforge.shapes import LatentShape
-
-Each = TypeVar("Each")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +70,7 @@ AUDIO = Modality(
     cross_embed="av_cross_attn_audio_scale_shift",
     gate_embed="av_cross_attn_audio_v2a_gate",
 )
+BY_NAME = {"video": VIDEO, "audio": AUDIO}
 CROSS_GATE_ROW = 4  # of the five rows of a cross table; the first four are scales and shifts
 
 
@@ -95,19 +95,6 @@ class Stream:
     cross_rope: Rope
     prompt_mask: Tensor | None = None
     present: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Streams(Generic[Each]):
-    """Something of each modality; None where it takes no part."""
-
-    video: Each | None = None
-    audio: Each | None = None
-
-    def present(self) -> dict[Modality, Each]:
-        """The modalities that take part."""
-        both = {VIDEO: self.video, AUDIO: self.audio}
-        return {modality: each for modality, each in both.items() if each is not None}
 
 
 @dataclass(frozen=True)
@@ -152,7 +139,7 @@ def transformer_forward(
         streams: video, audio or both; with both, of equal B.
         checkpoint_every: recompute every n-th block in the backward pass; 0 is off.
     """
-    present = streams.present()
+    present = {BY_NAME[name]: stream for name, stream in streams.items()}
     assert present, "at least one modality must take part"
     hidden = {modality: modality.of(transformer, "proj_in")(stream.tokens) for modality, stream in present.items()}
     given, output_rows = {}, {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
+from ltxforge.modalities import Streams
 from ltxforge.models.blocks import (
     Modulation,
     Rope,
@@ -35,7 +36,7 @@ from ltxforge.models.blocks import (
     distinct_timesteps,
     prompt_bias,
 )
-from ltxforge.models.interface import Latents, Noisy, PromptBatch, PromptEmbeddings
+from ltxforge.models.interface import Latents, Noisy, PromptBatch, PromptEmbeddings, WantedPrompt
 from ltxforge.shapes import LatentShape, is_legal_frames, is_legal_side
 from ltxforge.specs import ModelSpec
 
@@ -70,7 +71,8 @@ def block_forward(
 def transformer_forward(
     transformer: LTXVideoTransformer3DModel,
     tokens: Tensor,
-    prompts: PromptBatch,
+    embeds: Tensor,
+    mask: Tensor,
     timesteps: Tensor,
     rope: Rope,
     checkpoint_every: int = 0,
@@ -80,15 +82,16 @@ def transformer_forward(
     Args:
         transformer: diffusers' module; only its parameters and leaf modules are used.
         tokens: [B, T, C] in the transformer's dtype.
-        prompts: embeddings [B, P, E] in that dtype, and their mask.
+        embeds: the prompts' embeddings, [B, P, E], in that dtype.
+        mask: [B, P], 1 real and 0 padding.
         timesteps: [B, 1] or [B, T] float32, sigma · 1000.
         rope: from `rope_tables`.
         checkpoint_every: recompute every n-th block in the backward pass; 0 is off.
     """
     hidden = transformer.proj_in(tokens)
     modulation, final = embed_timesteps(transformer, timesteps, hidden.dtype)
-    prompt = transformer.caption_projection(prompts.embeds)
-    bias = prompt_bias(prompts.mask, tokens.dtype)
+    prompt = transformer.caption_projection(embeds)
+    bias = prompt_bias(mask, tokens.dtype)
     for number, block in enumerate(transformer.transformer_blocks):
         step = checkpointed(partial(block_forward, block), number, checkpoint_every)
         hidden = step(hidden, prompt, modulation, rope, bias)
@@ -145,6 +148,25 @@ def causal_coordinates(shape: LatentShape, fps: float, device: torch.device, spa
     return grid
 
 
+def pad_prompts(
+    prompts: Sequence[PromptEmbeddings], tokens: int, device: torch.device | str, dtype: torch.dtype
+) -> PromptBatch:
+    """Stack T5's embeddings to [B, tokens, E] with zeros under the mask.
+
+    The text encoder's own output at padding positions is not needed: attention adds −10000 there, whose softmax weight
+    is exactly 0, so zeros give the same bits.
+    """
+    trimmed = [prompt.tensors["embeds"] for prompt in prompts]
+    embeds = torch.zeros(len(prompts), tokens, trimmed[0].shape[-1], device=device, dtype=dtype)
+    mask = torch.zeros(len(prompts), tokens, device=device, dtype=torch.float32)
+    for row, prompt in enumerate(trimmed):
+        length = prompt.shape[0]
+        assert length <= tokens, f"a prompt of {length} tokens does not fit in {tokens}"
+        embeds[row, :length] = prompt.to(device=device, dtype=dtype)
+        mask[row, :length] = 1
+    return PromptBatch(Streams(embeds), mask)
+
+
 @dataclass(frozen=True)
 class Parts:
     """How each part is made, on demand, on the device and in the dtype it is given. Made by `load.py` and `tiny.py`."""
@@ -173,7 +195,7 @@ class LTXVideo:
         text_dtype: torch.dtype | None = None,
     ) -> None:
         usual = torch.float32 if device.type == "cpu" else torch.bfloat16
-        self.spec, self.rope, self.device, self.dtype = spec, rope, device, dtype
+        self.spec, self.rope, self.device, self.dtype, self.modalities = spec, rope, device, dtype, "video"
         self.vae_dtype, self.text_dtype = vae_dtype or usual, text_dtype or usual
         self._parts = parts
         self._transformer: LTXVideoTransformer3DModel | None = None
@@ -199,12 +221,16 @@ class LTXVideo:
         assert every >= 0
         self._checkpoint_every = every
 
-    def predict(self, noisy: Noisy, prompts: PromptBatch) -> Tensor:
-        assert noisy.tokens.shape[1] == noisy.shape.tokens
-        prompts = PromptBatch(prompts.embeds.to(self.device, self.dtype), prompts.mask.to(self.device))
-        tokens, timesteps = noisy.tokens.to(self.device, self.dtype), noisy.timesteps.to(self.device)
+    def predict(self, noisy: Noisy, prompts: PromptBatch) -> Streams[Tensor]:
+        video = noisy.streams.video
+        assert video is not None and noisy.streams.audio is None and prompts.embeds.video is not None
+        assert video.tokens.shape[1] == noisy.shape.tokens and prompts.mask is not None
+        embeds, mask = prompts.embeds.video.to(self.device, self.dtype), prompts.mask.to(self.device)
+        tokens, timesteps = video.tokens.to(self.device, self.dtype), video.timesteps.to(self.device)
         rope = self._rope_for(noisy.shape, noisy.fps)
-        return transformer_forward(self.transformer, tokens, prompts, timesteps, rope, self._checkpoint_every)
+        return Streams(
+            transformer_forward(self.transformer, tokens, embeds, mask, timesteps, rope, self._checkpoint_every)
+        )
 
     def _rope_for(self, shape: LatentShape, fps: float) -> Rope:
         key = (shape, fps)
@@ -237,30 +263,35 @@ class LTXVideo:
             self._vae = None
             release_memory(self.device)
 
-    @torch.no_grad()
-    def encode_prompts(self, captions: Sequence[str], tokens: int) -> list[PromptEmbeddings]:
+    def encode_prompts(self, wanted: Sequence[WantedPrompt], tokens: int) -> Generator[PromptEmbeddings, None, None]:
         """Exactly the encoding of the rope's own pipeline: padded to `tokens`, then trimmed.
 
         LTXConditionPipeline hides the padding from the encoder, LTXPipeline and LTXImageToVideoPipeline do not. One
         caption at a time, so that its bits do not depend on its neighbours.
         """
-        assert self._text_encoder is not None, "encode_prompts works inside text_encoder()"
+        with self.text_encoder():
+            for prompt in wanted:
+                yield self._encode_prompt(prompt.text, tokens)
+
+    @torch.no_grad()
+    def _encode_prompt(self, caption: str, tokens: int) -> PromptEmbeddings:
+        assert self._text_encoder is not None
         encoder, tokenizer = self._text_encoder
-        masked = self.rope == "causal"
-        encoded = []
-        for caption in captions:
-            words = tokenizer(
-                [caption],
-                padding="max_length",
-                max_length=tokens,
-                truncation=True,
-                add_special_tokens=True,
-                return_tensors="pt",
-            )
-            mask = words.attention_mask.bool().to(self.device) if masked else None
-            embeds = encoder(words.input_ids.to(self.device), attention_mask=mask)[0][0]
-            encoded.append(PromptEmbeddings(embeds[: int(words.attention_mask.sum())].cpu().clone()))
-        return encoded
+        words = tokenizer(
+            [caption],
+            padding="max_length",
+            max_length=tokens,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+        )
+        mask = words.attention_mask.bool().to(self.device) if self.rope == "causal" else None
+        embeds = encoder(words.input_ids.to(self.device), attention_mask=mask)[0][0]
+        length = int(words.attention_mask.sum())
+        return PromptEmbeddings({"embeds": embeds[:length].cpu().clone()}, length)
+
+    def batch_prompts(self, prompts: Sequence[PromptEmbeddings], tokens: int) -> PromptBatch:
+        return pad_prompts(prompts, tokens, self.device, self.dtype)
 
     @torch.no_grad()
     def encode_clip(self, frames: Tensor) -> Latents:

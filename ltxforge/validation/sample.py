@@ -26,7 +26,7 @@ from ltxforge.errors import LtxforgeError
 from ltxforge.events import Emit, Note, PhaseAdvanced, PhaseEnded, PhaseStarted, SampleReady
 from ltxforge.media.decode import read_image
 from ltxforge.media.write import write_video
-from ltxforge.models.interface import PromptEmbeddings, VideoModel, pad_prompts
+from ltxforge.models.interface import PromptEmbeddings, VideoModel
 from ltxforge.plan import Plan, PromptPlan
 from ltxforge.signals import StopRequest
 from ltxforge.validation.contact_sheet import SheetText, write_contact_sheet
@@ -155,8 +155,8 @@ def pipeline_arguments(
     }
     texts = {"": prompt.prompt} | ({"negative_": prompt.negative_prompt} if prompt.guidance > 1 else {})
     for prefix, text in texts.items():
-        batch = pad_prompts([prompts[text]], prompt_tokens, model.device, model.dtype)
-        call[f"{prefix}prompt_embeds"], call[f"{prefix}prompt_attention_mask"] = batch.embeds, batch.mask
+        batch = model.batch_prompts([prompts[text]], prompt_tokens)
+        call[f"{prefix}prompt_embeds"], call[f"{prefix}prompt_attention_mask"] = batch.embeds.video, batch.mask
     if sampling.timesteps and prompt.steps == sampling.steps:
         if isinstance(pipeline, LTXConditionPipeline):
             call["timesteps"] = list(sampling.timesteps)

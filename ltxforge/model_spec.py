@@ -1,0 +1,98 @@
+"""What is fixed about a model version, as types: factors, frame rule, wiring, sampling defaults, licence.
+
+Data only. The versions themselves stand in `specs_ltx_video.py` and `specs_ltx2.py`, all together in `specs.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Licence:
+    """Under which terms the base weights come; printed in the plan and written on cards."""
+
+    name: str
+    url: str
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """How the version's own pipeline samples. `timesteps` (of 1000) are set for distilled weights only.
+
+    From `audio_guidance` on for LTX-2: guidance by the prompt is set for video and audio separately, the rest for both
+    alike. `stg` skips self attention in `stg_blocks` (0 is off), `modality_guidance` skips cross attention between
+    video and audio (1 is off), `rescale` is the share of the guided result's standard deviation that is taken back.
+    """
+
+    steps: int
+    guidance: float
+    timesteps: tuple[float, ...] = ()
+    decode_timestep: float = 0.0
+    decode_noise_scale: float | None = None
+    audio_guidance: float | None = None
+    stg: float = 0.0
+    stg_blocks: tuple[int, ...] = ()
+    modality_guidance: float = 1.0
+    rescale: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model version.
+
+    `rope` is the version's convention for the time coordinate of latent frame j, used where the weights themselves do
+    not say: "plain" 8·j/fps (diffusers' LTXPipeline) or "causal" max(0, 8·j − 7)/fps (LTXConditionPipeline).
+    `vae_family` names encoders whose latents are interchangeable: 0.9.0 and 0.9.1 share an encoder's layout but not
+    its weights, and 0.9.5 and later share theirs. `hub` is where the version is published, as a recipe's source.
+    `default_prompt_tokens` is the default of the diffusers pipeline that samples. `text_encoder` is "t5", "gemma-3" or
+    "gemma-4"; the configurations after it are of parts that only LTX-2 has.
+    """
+
+    version: str
+    family: str
+    parameters: str
+    hub: str
+    rope: str
+    distilled: bool
+    vae_family: str
+    sampling: SamplingDefaults
+    licence: Licence
+    transformer_config: dict[str, Any] = field(repr=False)
+    vae_config: dict[str, Any] = field(repr=False)
+    scheduler_config: dict[str, Any] = field(repr=False)
+    spatial_factor: int = 32
+    temporal_factor: int = 8
+    default_fps: float = 25.0
+    default_prompt_tokens: int = 128
+    tiny: bool = False
+    text_encoder: str = "t5"
+    connectors_config: dict[str, Any] | None = field(default=None, repr=False)
+    audio_vae_config: dict[str, Any] | None = field(default=None, repr=False)
+    vocoder_config: dict[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def blocks(self) -> int:
+        """Number of transformer blocks."""
+        return self.transformer_config["num_layers"]
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+        return self.transformer_config["in_channels"]
+
+    @property
+    def width(self) -> int:
+        """D = heads · head width."""
+        return self.transformer_config["num_attention_heads"] * self.transformer_config["attention_head_dim"]
+
+    @property
+    def caption_channels(self) -> int:
+        """Width of the text encoder's output."""
+        return self.transformer_config["caption_channels"]
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether the model makes sound beside pictures."""
+        return self.audio_vae_config is not None
