@@ -1,6 +1,6 @@
 """What was once found out about a clip and need not be found out again: its digest, and the probe of that content.
 
-A probe is remembered by digest and PROBE_VERSION. Anything unreadable in the memo counts as absent; deleting the folder
+Likewise of the sound file beside it, that it has sound. A probe is remembered by digest and PROBE_VERSION. Anything unreadable in the memo counts as absent; deleting the folder
 costs time and nothing else. Torch-free.
 """
 
@@ -52,6 +52,15 @@ class Memo:
             del facts["path"]
             _write(memo, {"probe": facts})
         return found
+
+    def sound(self, digest: str, path: Path, check: Callable[[Path], None]) -> None:
+        """Have a sound file judged by `check`, which raises for a bad one, unless this content passed before."""
+        memo = None if self._directory is None else self._directory / "sounds" / f"{digest}-{PROBE_VERSION}.json"
+        if memo is not None and _read_json(memo).get("passed"):
+            return
+        check(path)
+        if memo is not None:
+            _write(memo, {"passed": True})
 
 
 def _recall(remembered: dict[str, Any], path: Path) -> Probe | None:

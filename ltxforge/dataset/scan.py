@@ -17,10 +17,13 @@ from ltxforge.dataset.captions import CaptionError, read_caption
 from ltxforge.dataset.memo import Memo
 from ltxforge.dataset.windows import too_short, window_starts
 from ltxforge.errors import DataError, PlanError, Stopped
-from ltxforge.events import ClipJudged, Emit, PhaseAdvanced, PhaseEnded, PhaseStarted
+from ltxforge.events import ClipJudged, Emit, Note, PhaseAdvanced, PhaseEnded, PhaseStarted
+from ltxforge.media.audio import require_sound, sound_beside
 from ltxforge.media.buckets import bucket_sizes, nearest_bucket, too_small
+from ltxforge.media.decode import DecodeError
 from ltxforge.media.geometry import kept_share
 from ltxforge.media.probe import Probe, ProbeError, probe, require_regular_file
+from ltxforge.modalities import has
 from ltxforge.printable import printable
 from ltxforge.shapes import ClipShape
 from ltxforge.signals import StopRequest
@@ -37,7 +40,8 @@ class Clip:
     """One media file and its verdict: "ok", "rejected" or "dropped", the latter two with a reason.
 
     `name` is the path within the dataset's folder, safe to print; `digest` the SHA-256 of the file; `shape` the
-    samples' size and `starts` their start times in seconds, of an ok clip.
+    samples' size and `starts` their start times in seconds, of an ok clip. `sound` says where its sound lies, as
+    `SamplePlan.sound` does: "" none (or none wanted), "own" its own track, else the digest of the file beside it.
     """
 
     path: Path
@@ -50,6 +54,7 @@ class Clip:
     warnings: tuple[str, ...] = ()
     shape: ClipShape | None = None
     starts: tuple[float, ...] = ()
+    sound: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class _Rules:
     fps: float
     windows: str | int
     max_upscale: float
+    modalities: str
 
 
 class _Rejected(Exception):
@@ -82,6 +88,7 @@ def scan(
     buckets: str = "aspect",
     max_upscale: float = 2.0,
     factors: tuple[int, int] = (32, 8),
+    modalities: str = "video",
     emit: Emit,
     stop: StopRequest,
     memo_directory: Path | None = None,
@@ -94,6 +101,8 @@ def scan(
         windows: see `windows.window_starts`.
         buckets: "aspect" or "fixed", see `buckets.bucket_sizes`.
         factors: the VAE's (spatial, temporal) factors.
+        modalities: what is trained. With "both" each clip's sound is looked for and may be missing; with "audio" a
+            clip without is dropped, and nothing of its picture but the length is judged.
         memo_directory: where digests and probes are remembered; None remembers nothing.
         leave_out: folders below `folder` that are none of the user's: a run's samples, a cache.
 
@@ -102,10 +111,10 @@ def scan(
         Stopped: a stop was requested; what was probed until then is remembered.
     """
     paths = _media_files(folder, leave_out)
-    sizes = bucket_sizes(resolution, buckets, factors[0])
+    sizes = bucket_sizes(resolution, buckets if has(modalities, "video") else "fixed", factors[0])
     for width, height in sizes:
         ClipShape(width, height, frames).latent(*factors)  # the recipe was checked: every sample is legal
-    rules = _Rules(sizes, frames, fps, windows, max_upscale)
+    rules = _Rules(sizes, frames, fps, windows, max_upscale, modalities)
     began, clips, seen = time.monotonic(), [], {}
     emit(PhaseStarted("scan", len(paths), dataset_id))
     with Memo(memo_directory) as memo:
@@ -117,6 +126,8 @@ def scan(
             shown = printable(str(path))
             emit(ClipJudged(shown, clip.verdict, clip.reason, clip.warnings, len(clip.starts), dataset_id))
             emit(PhaseAdvanced("scan", len(clips), clip.name))
+    if modalities == "both":
+        _tell_the_silent(clips, emit)
     emit(PhaseEnded("scan", time.monotonic() - began, dataset_id))
     return clips
 
@@ -167,6 +178,8 @@ def _judge(path: Path, folder: Path, rules: _Rules, memo: Memo) -> Clip:
     clip = Clip(path, printable(path.relative_to(folder).as_posix()))
     try:
         clip = _with_content(clip, memo)
+        if has(rules.modalities, "audio"):
+            clip = _with_sound(clip, rules, memo)
         return _with_samples(clip, rules)
     except (_Rejected, ProbeError, CaptionError) as fault:
         return replace(clip, verdict="rejected", reason=printable(str(fault)), warnings=())
@@ -190,21 +203,55 @@ def _with_content(clip: Clip, memo: Memo) -> Clip:
     return replace(clip, caption=caption, digest=digest, probe=found, warnings=warnings)
 
 
+def _with_sound(clip: Clip, rules: _Rules, memo: Memo) -> Clip:
+    """Where its sound lies. What was put beside it must be readable; its own track may be beyond us."""
+    beside, found = sound_beside(clip.path), clip.probe
+    assert found is not None
+    if beside is not None:
+        return replace(clip, sound=_digest_of_sound(beside, memo))
+    if found.audio_codec:
+        return replace(clip, sound="own")
+    reason = "its sound's codec is unknown to this build of ffmpeg" if found.has_audio else ""
+    if rules.modalities == "both":
+        return replace(clip, warnings=(*clip.warnings, f"{reason}: its picture is trained alone")) if reason else clip
+    if reason:
+        raise _Rejected(reason)
+    raise _Dropped("no sound: neither a track of its own nor a sound file of the same name beside it")
+
+
+def _digest_of_sound(beside: Path, memo: Memo) -> str:
+    try:
+        require_regular_file(beside)
+        digest = memo.digests.of(beside)
+        memo.sound(digest, beside, require_sound)
+    except (ProbeError, DecodeError, OSError) as error:
+        remedy = "repair it, or take it away to use the clip's own sound, if it has any"
+        raise _Rejected(f"the sound file {beside.name} beside it cannot be used: {error}; {remedy}") from error
+    return digest
+
+
+def _tell_the_silent(clips: Sequence[Clip], emit: Emit) -> None:
+    usable = [clip for clip in clips if clip.verdict == "ok"]
+    if count := sum(not clip.sound for clip in usable):
+        emit(Note(f"{count} of {len(usable)} clips have no sound and train their picture alone"))
+
+
 def _with_samples(clip: Clip, rules: _Rules) -> Clip:
     """Size and windows, by the recipe."""
     found = clip.probe
     assert found is not None
-    if found.is_hdr:
+    is_seen = has(rules.modalities, "video")
+    if is_seen and found.is_hdr:
         raise _Rejected(f"HDR ({found.colour_transfer.upper()}) is refused until tone-mapping exists")
     if reason := too_short(found.timestamps, found.frame_seconds, frames=rules.frames, fps=rules.fps):
         raise _Dropped(reason)
     bucket = nearest_bucket(found.size, rules.sizes)
-    if reason := too_small(found.size, bucket, rules.max_upscale):
+    if is_seen and (reason := too_small(found.size, bucket, rules.max_upscale)):
         raise _Dropped(reason)
     starts = window_starts(
         found.timestamps, found.frame_seconds, frames=rules.frames, fps=rules.fps, windows=rules.windows
     )
-    warnings = clip.warnings + _crop_warning(found.size, bucket)
+    warnings = clip.warnings + (_crop_warning(found.size, bucket) if is_seen else ())
     return replace(clip, shape=ClipShape(*bucket, rules.frames), starts=starts, warnings=warnings)
 
 
@@ -215,11 +262,11 @@ def _crop_warning(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[str, 
     return (f"only {kept:.0%} of the picture is left after cropping {size[0]}x{size[1]} to {bucket[0]}x{bucket[1]}",)
 
 
-def _without_duplicate(clip: Clip, seen: dict[tuple[str, str], str]) -> Clip:
-    """The clip, dropped if an ok one before it has the same content and caption."""
+def _without_duplicate(clip: Clip, seen: dict[tuple[str, ...], str]) -> Clip:
+    """The clip, dropped if an ok one before it has the same content, sound and caption."""
     if clip.verdict != "ok":
         return clip
-    first = seen.setdefault((clip.digest, clip.caption), clip.name)
+    first = seen.setdefault((clip.digest, clip.sound, clip.caption), clip.name)
     if first == clip.name:
         return clip
     return replace(clip, verdict="dropped", reason=f"the same file and caption as {first}", shape=None, starts=())

@@ -18,6 +18,7 @@ from ltxforge.media.supervisor import BYTES_PER_SECOND, SECONDS, Refused, Worker
 MIXDOWN = "swresample, stereo, surround folded at full front level; 1"
 # Sound files that may stand beside a clip, the first that exists is taken.
 SOUND_EXTENSIONS = (".wav", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".oga", ".aac", ".mka", ".aif", ".aiff")
+_TRIED_SECONDS, _TRIED_RATE = 0.1, 16000
 
 
 def sound_beside(clip: Path) -> Path | None:
@@ -68,3 +69,9 @@ def read_audio(
     if samples is None and beside is not None and start_seconds == 0:
         raise DecodeError(f"{beside.name} beside it: no sound in it")
     return samples
+
+
+def require_sound(path: Path) -> None:
+    """Raise DecodeError unless a sound file has sound that decodes; its beginning alone is tried."""
+    if read_audio(path, 0.0, _TRIED_SECONDS, _TRIED_RATE) is None:
+        raise DecodeError("no sound in it")
