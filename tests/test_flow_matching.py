@@ -86,6 +86,33 @@ def test_a_batch_is_its_samples_put_together():
         assert whole.sigma[row] == part.sigma[0]
 
 
+def test_sound_draws_its_own_sigma_and_noise():
+    """At one address, each modality's draws are its own and do not hang on the other's being drawn."""
+    pairs = [[fm.sigma_at(STRETCHED, 36, 7, step, 0, each) for each in ("video", "audio")] for step in range(500)]
+    video, audio = np.array(pairs).T
+    assert abs(np.corrcoef(video, audio)[0, 1]) < 0.15  # standard error of 500 pairs: 0.045
+    assert not torch.equal(fm.noise_for((5, 4), 1, 2, 3), fm.noise_for((5, 4), 1, 2, 3, "audio"))
+
+
+def test_a_shared_sigma_is_taken_as_it_is():
+    latents, clean = torch.randn(2, 6, 4), torch.zeros(2, 6, dtype=torch.bool)
+    shared = fm.noise_batch(latents, clean, STRETCHED, 5, 9, 0, "audio", (0.25, 0.5))
+    own = fm.noise_batch(latents, clean, STRETCHED, 5, 9, 0, "audio")
+    assert shared.sigma == (0.25, 0.5) != own.sigma
+    assert shared.timesteps.flatten().tolist() == shared.sample_timesteps.tolist() == [250.0, 500.0]
+    assert torch.equal(shared.velocity, own.velocity)
+
+
+def test_a_sample_keeps_its_own_timestep_beside_clean_tokens():
+    clean = torch.zeros(2, 6, dtype=torch.bool)
+    clean[0, :3] = True
+    sigma = [1 / 3, 0.4]
+    batch = fm.mix(torch.randn(2, 6, 4), torch.randn(2, 6, 4), sigma, clean)
+    assert batch.sample_timesteps.dtype == torch.float32
+    assert batch.sample_timesteps.tolist() == np.float32(np.array(sigma) * 1000).tolist()
+    assert torch.equal(batch.sample_timesteps, batch.timesteps[:, -1])
+
+
 def test_conditioning_tokens_are_clean_timeless_and_free_of_loss():
     latents = torch.randn(2, 6, 4)
     clean = torch.zeros(2, 6, dtype=torch.bool)

@@ -15,7 +15,8 @@ from ltxforge.lora.inject import adapter_parameters, inject, without_adapter
 from ltxforge.lora.targets import match
 from ltxforge.media import demo
 from ltxforge.media.decode import decode
-from ltxforge.models.interface import Noisy, pad_prompts, to_tokens
+from ltxforge.modalities import Streams
+from ltxforge.models.interface import Noisy, NoisyTokens, WantedPrompt, to_tokens
 from ltxforge.models.ltx_video import LTXVideo
 from ltxforge.models.tiny import tiny_parts
 from ltxforge.optim import Optimizer
@@ -35,12 +36,12 @@ class OneClip:
         self.latents, self.prompt = latents, prompt
 
     def load(self, step, micro):
-        shape = self.latents.shape
+        latents, shape = self.latents.mean.expand(16, -1, -1, -1, -1), SHAPE.latent()
         clean = torch.zeros(16, shape.tokens, dtype=torch.bool)
-        return Batch(self.latents.mean.expand(16, -1, -1, -1, -1), [self.prompt] * 16, clean, shape, 25.0, (), 0)
+        return Batch(Streams(latents), None, [self.prompt] * 16, clean, shape, 25.0, (), 0)
 
     def count_at(self, step):
-        return 16
+        return Streams(video=16)
 
     def epoch_at(self, step):
         return float(step)
@@ -66,8 +67,7 @@ def overfitted(tmp_path_factory, plan_in):
     with model.vae():
         latents = model.encode_clip(torch.from_numpy(frames))
         reconstruction = model.decode(latents.mean).numpy()
-    with model.text_encoder():
-        prompt = model.encode_prompts([CAPTION], 32)[0]
+    (prompt,) = model.encode_prompts([WantedPrompt(CAPTION)], 32)
     wanted = planning.PromptPlan("disc", CAPTION, "", "", SHAPE, 25.0, 30, 1.0, 7)
 
     def sampled():
@@ -90,8 +90,8 @@ def fixed_loss(model, latents, prompt) -> float:
     sigma = [(index + 0.5) / 16 for index in range(16)]
     batch = flow_matching.mix(x0, noise, sigma, torch.zeros(x0.shape[:2], dtype=torch.bool))
     with torch.no_grad():
-        prompts = pad_prompts([prompt] * 16, 32, "cpu", torch.float32)
-        velocity = model.predict(Noisy(batch.tokens, batch.timesteps, latents.shape, 25.0), prompts)
+        noisy = Noisy(Streams(NoisyTokens(batch.tokens, batch.timesteps, batch.sample_timesteps)), SHAPE.latent(), 25.0)
+        velocity = model.predict(noisy, model.batch_prompts([prompt] * 16, 32)).video
     return flow_matching.loss_by_sample(velocity, batch).mean().item()
 
 

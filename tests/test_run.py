@@ -27,6 +27,7 @@ from ltxforge.errors import DataError, PlanError, RecipeError, RunError
 from ltxforge.lora.inject import inject, load_adapter
 from ltxforge.lora.targets import match
 from ltxforge.media import demo
+from ltxforge.models.interface import WantedPrompt
 from ltxforge.models.load import load_model
 from ltxforge.models.tiny import tiny_parts
 from ltxforge.plan import Plan, from_json
@@ -120,8 +121,8 @@ def test_the_exported_file_samples_what_the_trainer_samples(here):
     model.load_transformer()
     inject(model.transformer, plan.lora, match(plan.lora.targets, model.spec), plan.seed)
     load_adapter(model.transformer, load_file(home / "checkpoints/step-000003/adapter.safetensors"))
-    with model.text_encoder():
-        embeddings = {"a red disc": model.encode_prompts(["a red disc"], 32)[0]}
+    (embedding,) = model.encode_prompts([WantedPrompt("a red disc")], 32)
+    embeddings = {"a red disc": embedding}
     ours = sample(model, plan.validation.prompts[0], embeddings, 32).frames
 
     parts, sampling = tiny_parts(model.spec), model.spec.sampling

@@ -8,6 +8,7 @@ from diffusers.pipelines.ltx2.utils import DISTILLED_SIGMA_VALUES
 
 from ltxforge.specs import SPECS, TINY
 from ltxforge.specs_ltx2 import LTX2_SPECS, LTX2_TINY
+from ltxforge.specs_ltx_video import LTX_VIDEO_SPECS, LTX_VIDEO_TINY
 
 EVERY = {**LTX2_SPECS, **LTX2_TINY}
 
@@ -77,6 +78,6 @@ def test_distilled_versions_take_diffusers_eight_steps_without_guidance():
 
 
 def test_ltx_video_s_specs_say_that_there_is_no_sound():
-    for spec in (*SPECS.values(), *TINY.values()):
+    for spec in (*LTX_VIDEO_SPECS.values(), *LTX_VIDEO_TINY.values()):
         assert not spec.has_audio and spec.text_encoder == "t5" and spec.connectors_config is None
-    assert not set(SPECS) & set(LTX2_SPECS) and not set(TINY) & set(LTX2_TINY)
+    assert len(SPECS) == len(LTX_VIDEO_SPECS) + len(LTX2_SPECS) and len(TINY) == len(LTX_VIDEO_TINY) + len(LTX2_TINY)

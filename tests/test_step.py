@@ -17,6 +17,7 @@ from ltxforge.dataset.batches import Batch
 from ltxforge.flow_matching import noise_for
 from ltxforge.lora.inject import adapter_parameters, inject
 from ltxforge.lora.targets import match
+from ltxforge.modalities import Streams
 from ltxforge.models.interface import PromptEmbeddings
 from ltxforge.models.ltx_video import LTXVideo
 from ltxforge.models.tiny import tiny_parts
@@ -54,16 +55,23 @@ def make_batch(base: str, dtype: torch.dtype) -> Batch:
     spec, generator = TINY[base], torch.Generator().manual_seed(1)
     size = (len(LENGTHS), spec.latent_channels, SHAPE.frames, SHAPE.height, SHAPE.width)
     latents = torch.randn(size, generator=generator)
-    prompts = [PromptEmbeddings(torch.randn(n, spec.caption_channels, generator=generator)) for n in LENGTHS]
+    embeds = [torch.randn(n, spec.caption_channels, generator=generator) for n in LENGTHS]
     clean = torch.zeros(len(LENGTHS), SHAPE.tokens, dtype=torch.bool)
     clean[1, : SHAPE.height * SHAPE.width] = True
-    prompts = [PromptEmbeddings(p.embeds.to(dtype)) for p in prompts]
-    return Batch(latents.to(dtype), prompts, clean, SHAPE, FPS, (), FIRST)
+    prompts = [PromptEmbeddings({"embeds": each.to(dtype)}, len(each)) for each in embeds]
+    return Batch(Streams(latents.to(dtype)), None, prompts, clean, SHAPE, FPS, (), FIRST)
+
+
+def losses_of(plan: Plan, model: LTXVideo, batch: Batch, micro: int = 0) -> tuple[Tensor, tuple[float, ...]]:
+    """The trainer's losses, one per sample, and their sigmas."""
+    losses = trainer.forward(plan, model, batch, STEP, micro)
+    assert losses.audio is None
+    return losses.video.by_sample, losses.video.sigma
 
 
 def ours(base: str, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor], tuple[float, ...]]:
     model = make_model(base, plan, dtype)
-    losses, sigma = trainer.forward(plan, model, make_batch(base, dtype), STEP, 0)
+    losses, sigma = losses_of(plan, model, make_batch(base, dtype))
     losses.mean().backward()
     return losses.detach(), {n: p.grad for n, p in adapter_parameters(model.transformer).items()}, sigma
 
@@ -80,8 +88,9 @@ def independent(base: str, plan: Plan, sigma: tuple[float, ...]) -> tuple[Tensor
     for name, parameter in adapter.items():
         parameter.data = start[name].data.clone()
 
-    b, c = batch.latents.shape[:2]
-    x0 = batch.latents.reshape(b, c, -1).permute(0, 2, 1)
+    latents = batch.latents.video
+    b, c = latents.shape[:2]
+    x0 = latents.reshape(b, c, -1).permute(0, 2, 1)
     noise = torch.stack([noise_for(x0.shape[1:], plan.seed, STEP, FIRST + row).double() for row in range(b)])
     level = torch.tensor(sigma, dtype=torch.float64).reshape(b, 1).repeat(1, SHAPE.tokens)
     level[batch.clean] = 0.0
@@ -89,7 +98,8 @@ def independent(base: str, plan: Plan, sigma: tuple[float, ...]) -> tuple[Tensor
     embeds = torch.zeros(b, plan.conditioning.prompt_tokens, spec.caption_channels, dtype=torch.float64)
     mask = torch.zeros(b, plan.conditioning.prompt_tokens)
     for row, prompt in enumerate(batch.prompts):
-        embeds[row, : len(prompt.embeds)], mask[row, : len(prompt.embeds)] = prompt.embeds, 1
+        own = prompt.tensors["embeds"]
+        embeds[row, : len(own)], mask[row, : len(own)] = own, 1
     if spec.rope == "plain":
         place = {"rope_interpolation_scale": (8 / FPS, 32, 32)}
     else:
@@ -154,7 +164,7 @@ def test_dropout_draws_the_same_mask_under_checkpointing(every, step_plan):
     for checkpointing in (0, every):
         model = make_model(base, plan, torch.float32)
         model.set_checkpointing(checkpointing)
-        losses, _ = trainer.forward(plan, model, make_batch(base, torch.float32), STEP, 0)
+        losses, _ = losses_of(plan, model, make_batch(base, torch.float32))
         losses.mean().backward()
         results.append({n: p.grad for n, p in adapter_parameters(model.transformer).items()})
     plain, recomputed = results
@@ -172,12 +182,12 @@ def test_cutting_a_step_into_micro_batches_changes_nothing_but_rounding(step_pla
     for row in range(3):
         part = dataclasses.replace(
             batch,
-            latents=batch.latents[row : row + 1],
+            latents=Streams(batch.latents.video[row : row + 1]),
             prompts=batch.prompts[row : row + 1],
             clean=batch.clean[row : row + 1],
             first_index=FIRST + row,
         )
-        losses, _ = trainer.forward(step_plan, model, part, STEP, row)
+        losses, _ = losses_of(step_plan, model, part, row)
         (losses.sum() / 3).backward()
     for name, parameter in adapter_parameters(model.transformer).items():
         assert (parameter.grad - whole[name]).norm() <= 1e-10 * whole[name].norm()
@@ -185,7 +195,7 @@ def test_cutting_a_step_into_micro_batches_changes_nothing_but_rounding(step_pla
 
 def test_the_adapter_trains_in_float32_on_a_bf16_base(step_plan):
     model = make_model("tiny/ltx-video", step_plan, torch.bfloat16)
-    losses, _ = trainer.forward(step_plan, model, make_batch("tiny/ltx-video", torch.float32), STEP, 0)
+    losses, _ = losses_of(step_plan, model, make_batch("tiny/ltx-video", torch.float32))
     losses.mean().backward()
     parameters = adapter_parameters(model.transformer)
     assert losses.dtype == torch.float32
@@ -201,9 +211,9 @@ def test_scale_zero_is_the_base_to_the_last_bit(step_plan):
     for module in model.transformer.modules():
         if hasattr(module, "scaling"):
             module.scaling["default"] = 0.0
-    scaled, _ = trainer.forward(step_plan, model, batch, STEP, 0)
+    scaled, _ = losses_of(step_plan, model, batch)
     spec = TINY["tiny/ltx-video"]
     bare = LTXVideo(spec, spec.rope, tiny_parts(spec), CPU, torch.float32)
     bare.load_transformer()
-    plain, _ = trainer.forward(step_plan, bare, batch, STEP, 0)
+    plain, _ = losses_of(step_plan, bare, batch)
     assert torch.equal(scaled, plain)

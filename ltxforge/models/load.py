@@ -23,7 +23,8 @@ from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
 from ltxforge.models.convert import transformer_names, vae_config, vae_names
 from ltxforge.models.layout import transformer_config, transformer_layout
-from ltxforge.models.ltx_video import LTXVideo, Parts, cast
+from ltxforge.models.ltx_video import LTXVideo, Parts
+from ltxforge.models.parts import cast
 from ltxforge.models.sources import spec_of
 from ltxforge.models.tiny import tiny_parts
 from ltxforge.models.trees import LocalTree, weight_files, whole_header

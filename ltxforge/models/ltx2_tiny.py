@@ -9,7 +9,12 @@ from __future__ import annotations
 import math
 
 import torch
-from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2VideoTransformer3DModel
+from diffusers import (
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
+    FlowMatchEulerDiscreteScheduler,
+    LTX2VideoTransformer3DModel,
+)
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2VocoderWithBWE
 from torch import Tensor
 from transformers import (
@@ -24,6 +29,9 @@ from transformers import (
 )
 from transformers.audio_utils import mel_filter_bank
 
+from ltxforge.models.audio_features import MelSettings
+from ltxforge.models.ltx2_video import LTX2Parts
+from ltxforge.models.parts import cast
 from ltxforge.models.tiny import calibrate, make_byte_tokenizer, rounded, seeded
 from ltxforge.specs import ModelSpec
 
@@ -35,6 +43,21 @@ HEADS = 4
 # A trained decoder's log-mel values lie between log(1e-5) = −11.5 and about 2.
 MEL_MEAN, MEL_STD = -5.0, 2.0
 LOUDNESS = 0.1
+
+
+def tiny_parts(spec: ModelSpec) -> LTX2Parts:
+    """The parts of one of `specs_ltx2.LTX2_TINY`."""
+    assert spec.audio_vae_config is not None
+    return LTX2Parts(
+        transformer=lambda device, dtype: cast(tiny_transformer(spec), device, dtype),
+        vae=lambda device, dtype: cast(tiny_vae(spec), device, dtype),
+        audio_vae=lambda device, dtype: cast(tiny_audio_vae(spec), device, dtype),
+        vocoder=lambda device, dtype: cast(tiny_vocoder(spec), device, dtype),
+        connectors=lambda device, dtype: cast(tiny_connectors(spec), device, dtype),
+        text_encoder=lambda device, dtype: (cast(tiny_text_encoder(spec), device, dtype), gemma_tokenizer()),
+        scheduler=lambda: FlowMatchEulerDiscreteScheduler(**spec.scheduler_config),
+        mel=lambda: MelSettings.from_vae_config(spec.audio_vae_config),
+    )
 
 
 def tiny_transformer(spec: ModelSpec) -> LTX2VideoTransformer3DModel:

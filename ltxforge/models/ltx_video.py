@@ -9,11 +9,9 @@ and gradient checkpointing takes an interval. Decides nothing about training and
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
 
 import torch
 from diffusers import (
@@ -37,14 +35,13 @@ from ltxforge.models.blocks import (
     prompt_bias,
 )
 from ltxforge.models.interface import Latents, Noisy, PromptBatch, PromptEmbeddings, WantedPrompt
-from ltxforge.shapes import LatentShape, is_legal_frames, is_legal_side
+from ltxforge.models.parts import cast, release_memory
+from ltxforge.models.vae import decode_frames, encode_frames
+from ltxforge.shapes import LatentShape
 from ltxforge.specs import ModelSpec
 
 # Rope tables are float32 [1, T, D], twice: 100 MiB for 2B at 768x512x121. Batches of one size follow each other.
 ROPE_TABLES_KEPT = 4
-DECODE_NOISE_SEED = 0
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def block_forward(
@@ -293,32 +290,11 @@ class LTXVideo:
     def batch_prompts(self, prompts: Sequence[PromptEmbeddings], tokens: int) -> PromptBatch:
         return pad_prompts(prompts, tokens, self.device, self.dtype)
 
-    @torch.no_grad()
     def encode_clip(self, frames: Tensor) -> Latents:
-        vae = self._loaded_vae()
-        count, height, width, channels = frames.shape
-        assert frames.dtype == torch.uint8 and channels == 3, "frames are uint8 [N, height, width, 3]"
-        assert is_legal_frames(count, self.spec.temporal_factor), f"{count} frames are not 8k + 1"
-        assert is_legal_side(height, self.spec.spatial_factor) and is_legal_side(width, self.spec.spatial_factor)
-        pixels = frames.to(self.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
-        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-        mean, std, scale = vae_statistics(vae)
-        centred = (posterior.mean.float() - mean) * scale / std
-        return Latents(centred[0].cpu(), (posterior.std.float() * scale / std)[0].cpu())
+        return encode_frames(self._loaded_vae(), frames, self.device)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """See `VideoModel.decode`. Deterministic: 0.9.1's decoder draws noise, here always the same."""
-        vae = self._loaded_vae()
-        mean, std, scale = vae_statistics(vae)
-        latents = latents.to(self.device, torch.float32)[None] * std / scale + mean
-        timestep = None
-        if vae.config.timestep_conditioning:
-            timestep = torch.tensor([self.spec.sampling.decode_timestep], device=self.device, dtype=vae.dtype)
-        with fixed_randomness(self.device):
-            pixels = vae.decode(latents.to(vae.dtype), timestep, return_dict=False)[0]
-        frames = ((pixels[0].float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return frames.permute(1, 2, 3, 0).cpu()
+        return decode_frames(self._loaded_vae(), latents, self.device, self.spec.sampling.decode_timestep)
 
     def pipeline(self, with_image: bool) -> LTXPipeline | LTXImageToVideoPipeline | LTXConditionPipeline:
         """diffusers' pipeline of the rope convention; prompts go in as embeddings, there is no text encoder.
@@ -345,33 +321,3 @@ class LTXVideo:
     def _loaded_vae(self) -> AutoencoderKLLTXVideo:
         assert self._vae is not None, "this works inside vae()"
         return self._vae
-
-
-def vae_statistics(vae: AutoencoderKLLTXVideo) -> tuple[Tensor, Tensor, float]:
-    """The VAE's own latents mean and std, [1, C, 1, 1, 1] float32, and its scaling factor."""
-    mean, std = (buffer.float().view(1, -1, 1, 1, 1) for buffer in (vae.latents_mean, vae.latents_std))
-    return mean, std, float(vae.config.scaling_factor)
-
-
-def cast(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
-    """`module.to(device, dtype)` without diffusers' override, which warns about float32 parts that LTX has not."""
-    return nn.Module.to(module, device, dtype)
-
-
-def release_memory(device: torch.device) -> None:
-    """Give freed weights back to the device, so that the next part finds the room."""
-    gc.collect()
-    if device.type != "cpu":
-        torch.accelerator.empty_cache()
-
-
-@contextlib.contextmanager
-def fixed_randomness(device: torch.device) -> Iterator[None]:
-    """The default generators seeded for a while and then put back; nothing outside sees a draw."""
-    devices: list[Any] = [] if device.type == "cpu" else [device]
-    kind = "cuda" if device.type == "cpu" else device.type
-    with torch.random.fork_rng(devices=devices, device_type=kind):
-        torch.default_generator.manual_seed(DECODE_NOISE_SEED)
-        if devices:
-            torch.get_device_module(device).manual_seed(DECODE_NOISE_SEED)
-        yield

@@ -24,7 +24,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from ltxforge.models.ltx_video import Parts, cast
+from ltxforge.models.ltx_video import Parts
+from ltxforge.models.parts import cast
 from ltxforge.specs import ModelSpec
 
 # When anything here changes the weights, raise `specs.TINY_VERSION`.

@@ -18,7 +18,8 @@ from ltxforge.lora import files
 from ltxforge.lora.inject import adapter_parameters, adapter_scaling, inject, load_adapter, without_adapter
 from ltxforge.lora.linear import LoraLinear
 from ltxforge.lora.targets import PRESETS, linear_layers, match, unread
-from ltxforge.models.interface import Noisy, PromptBatch
+from ltxforge.modalities import Streams
+from ltxforge.models.interface import Noisy, NoisyTokens, PromptBatch
 from ltxforge.models.ltx_video import LTXVideo
 from ltxforge.models.tiny import tiny_parts
 from ltxforge.plan import LoraPlan
@@ -46,10 +47,10 @@ def velocity(model: LTXVideo) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randn(1, SHAPE.tokens, model.spec.latent_channels, generator=generator)
     embeds = torch.randn(1, 16, model.spec.caption_channels, generator=generator)
+    level = torch.tensor([437.25])
+    noisy = Noisy(Streams(NoisyTokens(tokens, level[:, None], level)), SHAPE, 25.0)
     with torch.no_grad():
-        return model.predict(
-            Noisy(tokens, torch.tensor([[437.25]]), SHAPE, 25.0), PromptBatch(embeds, torch.ones(1, 16))
-        )
+        return model.predict(noisy, PromptBatch(Streams(embeds), torch.ones(1, 16))).video
 
 
 def write(model: LTXVideo, lora: LoraPlan, path):

@@ -7,14 +7,16 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from ltxforge.models import tiny
-from ltxforge.models.interface import PromptEmbeddings, from_tokens, pad_prompts, to_tokens
-from ltxforge.models.ltx_video import LTXVideo
+from ltxforge.models.interface import PromptEmbeddings, WantedPrompt, from_tokens, to_tokens
+from ltxforge.models.ltx_video import LTXVideo, pad_prompts
 from ltxforge.shapes import LatentShape
 from ltxforge.specs import TINY
+from ltxforge.specs_ltx_video import LTX_VIDEO_TINY
 
 CPU = torch.device("cpu")
 NAMES = ["tiny/ltx-video-0.9.0", "tiny/ltx-video-0.9.1", "tiny/ltx-video"]
 CAPTIONS = ["a red ball", "", "rain over green hills " * 12]
+WANTED = [WantedPrompt(caption) for caption in CAPTIONS]
 
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> LTXVideo:
@@ -34,12 +36,11 @@ def pipeline_class(model: LTXVideo):
 @pytest.mark.parametrize("tokens", [32, 128])
 def test_prompts_equal_the_sampling_pipelines_own_encoding(name, tokens):
     model = make(name)
-    with model.text_encoder():
-        encoded = model.encode_prompts(CAPTIONS, tokens)
-        for caption, ours in zip(CAPTIONS, encoded, strict=True):
-            theirs, mask = stock_encoding(model, caption, tokens)
-            assert torch.equal(ours.embeds, theirs[0, : int(mask.sum())])
-            assert len(ours.embeds) == min(len(caption) + 1, tokens)
+    for caption, ours in zip(CAPTIONS, model.encode_prompts(WANTED, tokens), strict=True):
+        theirs, mask = stock_encoding(model, caption, tokens)
+        assert ours.tensors.keys() == {"embeds"}
+        assert torch.equal(ours.tensors["embeds"], theirs[0, : int(mask.sum())])
+        assert len(ours.tensors["embeds"]) == ours.tokens == min(len(caption) + 1, tokens)
 
 
 def stock_encoding(model: LTXVideo, caption: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,11 +53,11 @@ def stock_encoding(model: LTXVideo, caption: str, tokens: int) -> tuple[torch.Te
 
 
 def test_padding_restores_a_batch():
-    prompts = [PromptEmbeddings(torch.full((length, 3), float(length))) for length in (2, 4)]
+    prompts = [PromptEmbeddings({"embeds": torch.full((length, 3), float(length))}, length) for length in (2, 4)]
     batch = pad_prompts(prompts, 5, CPU, torch.bfloat16)
-    assert batch.embeds.dtype == torch.bfloat16
+    assert batch.embeds.audio is None and batch.embeds.video.dtype == torch.bfloat16
     assert batch.mask.tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]]
-    assert batch.embeds[:, :, 0].tolist() == [[2, 2, 0, 0, 0], [4, 4, 4, 4, 0]]
+    assert batch.embeds.video[:, :, 0].tolist() == [[2, 2, 0, 0, 0], [4, 4, 4, 4, 0]]
     with pytest.raises(AssertionError, match="does not fit"):
         pad_prompts(prompts, 3, CPU, torch.float32)
 
@@ -65,10 +66,10 @@ def test_zero_padding_gives_the_bits_of_the_encoders_own_padding():
     """Stored trimmed and re-padded with zeros, against the pipeline's embeddings with their masked tail."""
     model = make("tiny/ltx-video-0.9.1")
     model.load_transformer()
-    with model.text_encoder():
+    for encoded in model.encode_prompts(WANTED[:1], 32):
         theirs, mask = stock_encoding(model, CAPTIONS[0], 32)
-        ours = pad_prompts(model.encode_prompts(CAPTIONS[:1], 32), 32, CPU, torch.float32)
-    assert not torch.equal(ours.embeds, theirs)
+        ours = model.batch_prompts([encoded], 32)
+    assert not torch.equal(ours.embeds.video, theirs)
     shape = LatentShape(2, 2, 3)
     arguments = {
         "hidden_states": torch.randn(1, shape.tokens, 16, generator=torch.Generator().manual_seed(0)),
@@ -76,7 +77,7 @@ def test_zero_padding_gives_the_bits_of_the_encoders_own_padding():
     }  # fmt: skip
     outputs = [
         model.transformer(encoder_hidden_states=embeds, encoder_attention_mask=keep, **arguments)[0]
-        for embeds, keep in ((theirs, mask), (ours.embeds, ours.mask))
+        for embeds, keep in ((theirs, mask), (ours.embeds.video, ours.mask))
     ]
     assert torch.equal(*outputs)
 
@@ -93,7 +94,7 @@ def test_latents_equal_diffusers_encoding(name):
         statistics = model._vae.latents_mean, model._vae.latents_std
         mean = LTXImageToVideoPipeline._normalize_latents(posterior.mean, *statistics)
         width = posterior.std / statistics[1].view(1, -1, 1, 1, 1)
-    assert latents.shape == LatentShape(2, 2, 3)
+    assert latents.mean.shape == latents.std.shape == (16, 2, 2, 3)
     assert latents.mean.dtype == latents.std.dtype == torch.float32
     assert torch.allclose(latents.mean, mean[0], rtol=0, atol=1e-5)
     assert torch.allclose(latents.std, width[0], rtol=1e-5)
@@ -140,8 +141,21 @@ def test_encoders_are_never_loaded_together_and_always_freed():
         pass
     with pytest.raises(ZeroDivisionError), model.vae():
         raise ZeroDivisionError
+    with model.vae(), pytest.raises(AssertionError, match="must be freed"):
+        next(model.encode_prompts(WANTED, 32))
     with pytest.raises(AssertionError, match=r"inside vae\(\)"):
         model.decode(torch.zeros(16, 1, 1, 1))
+
+
+def test_the_text_encoder_is_there_from_the_first_prompt_to_the_last_or_to_the_end_of_asking():
+    model = make("tiny/ltx-video")
+    prompts = model.encode_prompts(WANTED, 32)
+    assert model._text_encoder is None
+    next(prompts)
+    assert model._text_encoder is not None
+    prompts.close()
+    assert model._text_encoder is None
+    assert len(list(model.encode_prompts(WANTED, 32))) == len(WANTED) and model._text_encoder is None
 
 
 def test_tokens_and_latents_are_each_others_inverse():
@@ -154,7 +168,7 @@ def test_tokens_and_latents_are_each_others_inverse():
 
 def test_tiny_models_are_the_same_every_time_and_disturb_nothing():
     before = torch.get_rng_state()
-    for name, spec in TINY.items():
+    for name, spec in LTX_VIDEO_TINY.items():
         first, second = tiny.tiny_vae(spec), tiny.tiny_vae(spec)
         assert all(
             torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)

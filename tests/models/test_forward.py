@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import LTXConditionPipeline
 
+from ltxforge.modalities import Streams
 from ltxforge.models import ltx_video
-from ltxforge.models.interface import Noisy, PromptBatch
+from ltxforge.models.interface import Noisy, NoisyTokens, PromptBatch
 from ltxforge.models.ltx_video import LTXVideo, cast
 from ltxforge.models.tiny import tiny_parts, tiny_transformer
 from ltxforge.shapes import LatentShape
@@ -40,29 +41,41 @@ def make_inputs(model: LTXVideo, per_token: bool = False, batch: int = 2) -> tup
     tokens = torch.randn(batch, SHAPE.tokens, spec.latent_channels, generator=draw, dtype=torch.float64)
     embeds = torch.randn(batch, 8, spec.caption_channels, generator=draw, dtype=torch.float64)
     mask = (torch.arange(8)[None] < torch.tensor([5, 8])[:batch, None]).float()
-    timesteps = torch.tensor([[437.25], [912.6]])[:batch]
+    levels = torch.tensor([437.25, 912.6])[:batch]
+    timesteps = levels[:, None]
     if per_token:  # first-frame conditioning: the first latent frame is clean
         timesteps = timesteps.repeat(1, SHAPE.tokens)
         timesteps[:, : SHAPE.height * SHAPE.width] = 0
     tokens = tokens.to(model.dtype).requires_grad_()
-    return Noisy(tokens, timesteps, SHAPE, FPS), PromptBatch(embeds.to(model.dtype).requires_grad_(), mask)
+    prompts = PromptBatch(Streams(embeds.to(model.dtype).requires_grad_()), mask)
+    return Noisy(Streams(NoisyTokens(tokens, timesteps, levels)), SHAPE, FPS), prompts
+
+
+def predicted(model: LTXVideo, noisy: Noisy, prompts: PromptBatch) -> torch.Tensor:
+    velocities = model.predict(noisy, prompts)
+    assert velocities.audio is None
+    return velocities.video
+
+
+def with_timesteps(noisy: Noisy, timesteps: torch.Tensor) -> Noisy:
+    return dataclasses.replace(noisy, streams=Streams(dataclasses.replace(noisy.streams.video, timesteps=timesteps)))
 
 
 def stock_forward(model: LTXVideo, noisy: Noisy, prompts: PromptBatch) -> torch.Tensor:
     """diffusers' own forward with the position arguments of the two pipelines."""
-    shape = noisy.shape
+    shape, video = noisy.shape, noisy.streams.video
     if model.rope == "plain":
         position = {
             "num_frames": shape.frames, "height": shape.height, "width": shape.width,
             "rope_interpolation_scale": (8 / noisy.fps, 32, 32),
         }  # fmt: skip
     else:
-        ids = LTXConditionPipeline._prepare_video_ids(len(noisy.tokens), shape.frames, shape.height, shape.width)
+        ids = LTXConditionPipeline._prepare_video_ids(len(video.tokens), shape.frames, shape.height, shape.width)
         coordinates = LTXConditionPipeline._scale_video_ids(ids, 32, 8, 0).float()
         coordinates[:, 0] = coordinates[:, 0] * (1.0 / noisy.fps)
         position = {"video_coords": coordinates}
     return model.transformer(
-        hidden_states=noisy.tokens, encoder_hidden_states=prompts.embeds, timestep=noisy.timesteps,
+        hidden_states=video.tokens, encoder_hidden_states=prompts.embeds.video, timestep=video.timesteps,
         encoder_attention_mask=prompts.mask, return_dict=False, **position,
     )[0]  # fmt: skip
 
@@ -75,7 +88,7 @@ def gradients(model: LTXVideo, output: torch.Tensor, noisy: Noisy, prompts: Prom
     weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
     some = [model.transformer.proj_in.weight, model.transformer.time_embed.linear.weight]
     some += [block.attn1.to_q.weight for block in model.blocks()] + [block.ff.net[2].weight for block in model.blocks()]
-    return list(torch.autograd.grad((output * weight).sum(), [noisy.tokens, prompts.embeds, *some]))
+    return list(torch.autograd.grad((output * weight).sum(), [noisy.streams.video.tokens, prompts.embeds.video, *some]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -86,7 +99,7 @@ def test_output_and_gradients_equal_diffusers(name, rope, dtype, per_token):
     model = make_model(name, dtype, rope)
     model.transformer.requires_grad_(True)
     noisy, prompts = make_inputs(model, per_token)
-    ours, theirs = model.predict(noisy, prompts), stock_forward(model, noisy, prompts)
+    ours, theirs = predicted(model, noisy, prompts), stock_forward(model, noisy, prompts)
     assert relative(ours, theirs) <= BOUND[dtype]
     for own, stock in zip(
         gradients(model, ours, noisy, prompts), gradients(model, theirs, noisy, prompts), strict=True
@@ -99,7 +112,7 @@ def test_output_and_gradients_equal_diffusers(name, rope, dtype, per_token):
 def test_the_two_ropes_differ():
     noisy, prompts = make_inputs(make_model(WIRINGS[0], torch.float32))
     plain, causal = (
-        make_model(WIRINGS[0], torch.float32, rope).predict(noisy, prompts) for rope in ("plain", "causal")
+        predicted(make_model(WIRINGS[0], torch.float32, rope), noisy, prompts) for rope in ("plain", "causal")
     )
     assert relative(plain, causal) > 1e-3
 
@@ -107,30 +120,31 @@ def test_the_two_ropes_differ():
 def test_masked_prompt_positions_change_no_bit():
     model = make_model(WIRINGS[2], torch.float32)
     noisy, prompts = make_inputs(model)
-    noise = torch.randn(prompts.embeds.shape, generator=torch.Generator().manual_seed(1))
-    zeroed = PromptBatch(prompts.embeds * prompts.mask[..., None], prompts.mask)
-    filled = PromptBatch(torch.where(prompts.mask[..., None] > 0, prompts.embeds, noise), prompts.mask)
-    assert torch.equal(model.predict(noisy, zeroed), model.predict(noisy, filled))
+    embeds, mask = prompts.embeds.video, prompts.mask
+    noise = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(1))
+    zeroed = PromptBatch(Streams(embeds * mask[..., None]), mask)
+    filled = PromptBatch(Streams(torch.where(mask[..., None] > 0, embeds, noise)), mask)
+    assert torch.equal(predicted(model, noisy, zeroed), predicted(model, noisy, filled))
     assert not torch.equal(
-        model.predict(noisy, zeroed), model.predict(noisy, PromptBatch(filled.embeds, torch.ones(2, 8)))
+        predicted(model, noisy, zeroed), predicted(model, noisy, PromptBatch(filled.embeds, torch.ones(2, 8)))
     )
 
 
 def test_timesteps_are_not_rounded_in_a_bf16_model():
     model = make_model(WIRINGS[2], torch.bfloat16)
     noisy, prompts = make_inputs(model)
-    rounded = dataclasses.replace(noisy, timesteps=noisy.timesteps.bfloat16().float())
-    output = model.predict(noisy, prompts)
+    rounded = with_timesteps(noisy, noisy.streams.video.timesteps.bfloat16().float())
+    output = predicted(model, noisy, prompts)
     assert output.dtype == torch.bfloat16
     assert torch.equal(output, stock_forward(model, noisy, prompts))
-    assert not torch.equal(output, model.predict(rounded, prompts))
+    assert not torch.equal(output, predicted(model, rounded, prompts))
 
 
 def test_integer_timesteps_are_refused():
     model = make_model(WIRINGS[2], torch.float32)
     noisy, prompts = make_inputs(model)
     with pytest.raises(AssertionError, match="float32"):
-        model.predict(dataclasses.replace(noisy, timesteps=noisy.timesteps.long()), prompts)
+        predicted(model, with_timesteps(noisy, noisy.streams.video.timesteps.long()), prompts)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
@@ -139,10 +153,10 @@ def test_checkpointing_changes_no_gradient(every, per_token):
     model = make_model(WIRINGS[2], torch.float32)
     model.transformer.requires_grad_(True)
     noisy, prompts = make_inputs(model, per_token)
-    kept = gradients(model, model.predict(noisy, prompts), noisy, prompts)
+    kept = gradients(model, predicted(model, noisy, prompts), noisy, prompts)
     calls = count_block_calls(model)
     model.set_checkpointing(every)
-    recomputed = gradients(model, model.predict(noisy, prompts), noisy, prompts)
+    recomputed = gradients(model, predicted(model, noisy, prompts), noisy, prompts)
     assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
     assert calls == [2 if number % every == 0 else 1 for number in range(len(calls))]
 
@@ -158,7 +172,7 @@ def test_checkpointing_repeats_dropout():
         model.set_checkpointing(every)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(11)
-            found.append(gradients(model, model.predict(noisy, prompts), noisy, prompts))
+            found.append(gradients(model, predicted(model, noisy, prompts), noisy, prompts))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -181,7 +195,7 @@ def test_time_embedding_runs_once_per_distinct_timestep():
     noisy, prompts = make_inputs(model, per_token=True)
     rows = []
     model.transformer.time_embed.linear.register_forward_hook(lambda *call: rows.append(len(call[2])))
-    model.predict(noisy, prompts)
+    predicted(model, noisy, prompts)
     assert rows == [3]  # 0, 437.25 and 912.6 instead of 2 · 30 tokens
 
 
@@ -192,7 +206,7 @@ def test_rope_tables_are_computed_once_per_size(monkeypatch):
     original = ltx_video.rope_tables
     monkeypatch.setattr(ltx_video, "rope_tables", lambda *args: made.append(args) or original(*args))
     for fps in (24.0, 24.0, 25.0, 24.0):
-        model.predict(dataclasses.replace(noisy, fps=fps), prompts)
+        predicted(model, dataclasses.replace(noisy, fps=fps), prompts)
     assert len(made) == 2
 
 
@@ -200,7 +214,7 @@ def test_rope_cache_stays_small():
     model = make_model(WIRINGS[2], torch.float32)
     noisy, prompts = make_inputs(model)
     for fps in range(20, 30):
-        model.predict(dataclasses.replace(noisy, fps=float(fps)), prompts)
+        predicted(model, dataclasses.replace(noisy, fps=float(fps)), prompts)
     assert len(model._rope_tables) == ltx_video.ROPE_TABLES_KEPT
 
 

@@ -12,6 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 
 from ltxforge.events import Note, PhaseAdvanced, PhaseEnded, PhaseStarted, SampleReady
+from ltxforge.models.interface import WantedPrompt
 from ltxforge.models.ltx_video import LTXVideo
 from ltxforge.models.tiny import tiny_parts
 from ltxforge.plan import ConditioningPlan, PromptPlan, ValidationPlan
@@ -41,8 +42,8 @@ def prompt_for(model, image="", **changes):
 
 
 def embeddings(model):
-    with model.text_encoder():
-        return dict(zip((CAPTION, NEGATIVE), model.encode_prompts((CAPTION, NEGATIVE), TOKENS), strict=True))
+    wanted = [WantedPrompt(text) for text in (CAPTION, NEGATIVE)]
+    return dict(zip((CAPTION, NEGATIVE), model.encode_prompts(wanted, TOKENS), strict=True))
 
 
 @pytest.fixture

@@ -1,0 +1,272 @@
+"""LTX-2 behind the one interface: its parts on demand, its prompts, its two encoders, and `predict`.
+
+The forward is `ltx2.py`'s, the text side `ltx2_text.py`'s, sampling `ltx2_sampling.py`'s. Decides in which order parts
+are held on the device: Gemma alone, then the connectors alone, then each VAE alone. Loads no file (`load.py`) and knows
+no version: what differs between 2.0, 2.3 and 2.5 shows in the modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from diffusers import (
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
+    FlowMatchEulerDiscreteScheduler,
+    LTX2VideoTransformer3DModel,
+)
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2VocoderWithBWE
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ltxforge.modalities import MODALITIES, Streams, has
+from ltxforge.models import ltx2_text
+from ltxforge.models.audio_features import MelSettings, latent_length, log_mel, mel_frames
+from ltxforge.models.blocks import Rope
+from ltxforge.models.interface import (
+    Latents,
+    Noisy,
+    NoisyTokens,
+    PromptBatch,
+    PromptEmbeddings,
+    WantedPrompt,
+)
+from ltxforge.models.ltx2 import Stream, audio_ropes, transformer_forward, video_ropes
+from ltxforge.models.parts import release_memory
+from ltxforge.models.vae import decode_frames, encode_frames
+from ltxforge.shapes import LatentShape
+from ltxforge.specs import ModelSpec
+
+# Rope tables of so many sizes and lengths are kept; batches of one size follow each other.
+ROPE_TABLES_KEPT = 8
+# Gemma's hidden states wait on the host for the connectors; beyond so many bytes the two take turns.
+HIDDEN_STATES_HELD_BYTES = 2 * 2**30
+Part = TypeVar("Part")
+Make = Callable[[torch.device, torch.dtype], Part]
+
+
+@dataclass(frozen=True)
+class LTX2Parts:
+    """How each part is made, on demand, on the device and in the dtype it is given. Made by `load.py` and
+    `ltx2_tiny.py`. The text encoder comes with its tokenizer, which pads on the left.
+    """
+
+    transformer: Make[LTX2VideoTransformer3DModel]
+    vae: Make[AutoencoderKLLTX2Video]
+    audio_vae: Make[AutoencoderKLLTX2Audio]
+    vocoder: Make[LTX2Vocoder | LTX2VocoderWithBWE]
+    connectors: Make[LTX2TextConnectors]
+    text_encoder: Make[tuple[nn.Module, PreTrainedTokenizerBase]]
+    scheduler: Callable[[], FlowMatchEulerDiscreteScheduler]
+    mel: Callable[[], MelSettings]
+
+
+class LTX2Video:
+    """An LTX-2 base model; see `interface.VideoModel` for what each method promises.
+
+    `dtype` is the transformer's. The encoders' dtypes are float32 on a CPU and bfloat16 elsewhere unless given; audio
+    VAE and vocoder are float32 everywhere. `text_cache` is what `encode_prompts` gives: "connectors", the connectors'
+    output, or "features", what they are fed; they then stay on the device and run with every batch.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        rope: str,
+        parts: LTX2Parts,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        modalities: str = "both",
+        text_cache: str = "connectors",
+        vae_dtype: torch.dtype | None = None,
+        text_dtype: torch.dtype | None = None,
+    ) -> None:
+        assert text_cache in ("connectors", "features"), text_cache
+        usual = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self.spec, self.rope, self.device, self.dtype = spec, rope, device, dtype
+        self.modalities, self.text_cache = modalities, text_cache
+        self.vae_dtype, self.text_dtype = vae_dtype or usual, text_dtype or usual
+        self._parts = parts
+        self._mel = parts.mel()
+        self._encoder: Any = None  # the one part beside the transformer that is on the device
+        self._transformer: LTX2VideoTransformer3DModel | None = None
+        self._connectors: LTX2TextConnectors | None = None
+        self._checkpoint_every = 0
+        self._rope_tables: dict[Any, tuple[Rope, Rope]] = {}
+
+    @property
+    def transformer(self) -> LTX2VideoTransformer3DModel:
+        assert self._transformer is not None, "the transformer is not loaded: call load_transformer()"
+        return self._transformer
+
+    def load_transformer(self) -> None:
+        if self._transformer is None:
+            transformer = self._parts.transformer(self.device, self.dtype)
+            self._transformer = transformer.requires_grad_(False).eval()
+
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.transformer.transformer_blocks
+
+    def set_checkpointing(self, every: int) -> None:
+        assert every >= 0
+        self._checkpoint_every = every
+
+    def predict(self, noisy: Noisy, prompts: PromptBatch) -> Streams[Tensor]:
+        given = [
+            (name, self._stream(name, tokens, dict(prompts.embeds.items())[name], prompts.mask, noisy))
+            for name, tokens in noisy.streams.items()
+        ]
+        return transformer_forward(self.transformer, Streams(**dict(given)), self._checkpoint_every)
+
+    def _stream(self, name: str, noisy: NoisyTokens, embeds: Tensor, mask: Tensor | None, clip: Noisy) -> Stream:
+        assert has(self.modalities, name), f"{name} takes no part in a run on {self.modalities}"
+        rope, cross_rope = self._ropes(name, clip, noisy.tokens.shape[1])
+        return Stream(
+            tokens=noisy.tokens.to(self.device, self.dtype),
+            timesteps=noisy.timesteps.to(self.device),
+            sample_timesteps=noisy.sample_timesteps.to(self.device),
+            prompts=embeds.to(self.device, self.dtype),
+            prompt_mask=None if mask is None else mask.to(self.device),
+            rope=rope,
+            cross_rope=cross_rope,
+            present=None if noisy.present is None else noisy.present.to(self.device),
+        )
+
+    def _ropes(self, name: str, clip: Noisy, tokens: int) -> tuple[Rope, Rope]:
+        key: tuple[LatentShape, float] | int = (clip.shape, clip.fps) if name == "video" else tokens
+        if key not in self._rope_tables:
+            while len(self._rope_tables) >= ROPE_TABLES_KEPT:
+                del self._rope_tables[next(iter(self._rope_tables))]
+            if name == "video":
+                assert tokens == clip.shape.tokens
+                self._rope_tables[key] = video_ropes(self.transformer, clip.shape, clip.fps, self.device)
+            else:
+                self._rope_tables[key] = audio_ropes(self.transformer, tokens, self.device)
+        return self._rope_tables[key]
+
+    def encode_prompts(self, wanted: Sequence[WantedPrompt], tokens: int) -> Generator[PromptEmbeddings, None, None]:
+        """See `VideoModel.encode_prompts`. Gemma and the connectors take turns, each alone on the device; captions go
+        through one at a time, so that the bits of one do not depend on its neighbours.
+        """
+        waiting = deque(wanted)
+        while waiting:
+            read = self._read_captions(waiting, tokens)
+            yield from self._connected(read, tokens)
+
+    def _read_captions(self, waiting: deque[WantedPrompt], tokens: int) -> list[tuple[WantedPrompt, Tensor]]:
+        """Gemma's hidden states of as many captions as the host may hold, taken from the front of `waiting`."""
+        read: list[tuple[WantedPrompt, Tensor]] = []
+        with self._held(self._parts.text_encoder, self.text_dtype) as encoder:
+            while waiting and sum(states.nbytes for _, states in read) < HIDDEN_STATES_HELD_BYTES:
+                states = ltx2_text.hidden_states(*encoder, waiting[0].text, tokens)
+                read.append((waiting.popleft(), states.to("cpu", self.text_dtype)))
+            del encoder
+        return read
+
+    def _connected(
+        self, read: Sequence[tuple[WantedPrompt, Tensor]], tokens: int
+    ) -> Generator[PromptEmbeddings, None, None]:
+        with self._held(self._parts.connectors, self.text_dtype) as connectors:
+            for prompt, states in read:
+                yield self._encode_prompt(connectors, states, tokens, prompt.modalities)
+            del connectors
+
+    def _encode_prompt(
+        self, connectors: LTX2TextConnectors, states: Tensor, tokens: int, modalities: str
+    ) -> PromptEmbeddings:
+        found = ltx2_text.features(connectors, states.to(self.device), tokens, modalities)
+        if self.text_cache == "connectors":
+            found = {
+                name: self._connect(connectors, [ltx2_text.features_of(found, name)], tokens, name)[0]
+                for name in MODALITIES
+                if has(modalities, name)
+            }
+        return PromptEmbeddings({name: value.cpu().clone() for name, value in found.items()}, len(states))
+
+    def _connect(self, connectors: LTX2TextConnectors, features: Sequence[Tensor], tokens: int, name: str) -> Tensor:
+        """One modality's embeddings [B, P, D] of several captions' features."""
+        given = [ltx2_text.pad_left(each[None].to(self.device), tokens) for each in features]
+        padded, mask = (torch.cat(parts) for parts in zip(*given, strict=True))
+        return ltx2_text.embeddings(connectors, padded, mask, name)
+
+    def batch_prompts(self, prompts: Sequence[PromptEmbeddings], tokens: int) -> PromptBatch:
+        """See `VideoModel.batch_prompts`. What was encoded for one modality serves that one alone."""
+        tensors = [prompt.tensors for prompt in prompts]
+        names = [name for name in MODALITIES if all(self._serves(each, name) for each in tensors)]
+        if self.text_cache == "connectors":
+            batch = {name: torch.stack([each[name] for each in tensors]) for name in names}
+        else:
+            connectors = self._resident_connectors()
+            batch = {
+                name: self._connect(connectors, [ltx2_text.features_of(each, name) for each in tensors], tokens, name)
+                for name in names
+            }
+        return PromptBatch(Streams(**{name: value.to(self.device, self.dtype) for name, value in batch.items()}))
+
+    def _serves(self, tensors: Mapping[str, Tensor], name: str) -> bool:
+        if self.text_cache == "connectors":
+            return name in tensors
+        return f"{name}_features" in tensors or ltx2_text.SHARED in tensors
+
+    def _resident_connectors(self) -> LTX2TextConnectors:
+        """The connectors that stay, without the projections that `features` ran: those are their largest part."""
+        if self._connectors is None:
+            connectors = self._parts.connectors(self.device, self.text_dtype).requires_grad_(False).eval()
+            for name in ("text_proj_in", "video_text_proj_in", "audio_text_proj_in"):
+                if hasattr(connectors, name):
+                    delattr(connectors, name)
+            release_memory(self.device)
+            self._connectors = connectors
+        return self._connectors
+
+    def vae(self) -> contextlib.AbstractContextManager[Any]:
+        return self._held(self._parts.vae, self.vae_dtype)
+
+    def audio_vae(self) -> contextlib.AbstractContextManager[Any]:
+        return self._held(self._parts.audio_vae, torch.float32)
+
+    @contextlib.contextmanager
+    def _held(self, make: Make[Part], dtype: torch.dtype) -> Iterator[Part]:
+        assert self._encoder is None, "another part is on the device; it must be freed first"
+        try:
+            self._encoder = make(self.device, dtype)
+            yield self._encoder
+        finally:
+            self._encoder = None
+            release_memory(self.device)
+
+    def encode_clip(self, frames: Tensor) -> Latents:
+        assert isinstance(self._encoder, AutoencoderKLLTX2Video), "this works inside vae()"
+        return encode_frames(self._encoder, frames, self.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        assert isinstance(self._encoder, AutoencoderKLLTX2Video), "this works inside vae()"
+        return decode_frames(self._encoder, latents, self.device, self.spec.sampling.decode_timestep)
+
+    @property
+    def sound_rate(self) -> int:
+        return self._mel.sample_rate
+
+    def sound_length(self, seconds: float) -> int:
+        return latent_length(seconds, self._mel)
+
+    @torch.no_grad()
+    def encode_sound(self, waveform: Tensor, length: int) -> Latents:
+        """See `VideoModel.encode_sound`. A token is a latent frame: all channels of all its mel bins."""
+        vae = self._encoder
+        assert isinstance(vae, AutoencoderKLLTX2Audio), "this works inside audio_vae()"
+        assert waveform.dtype == torch.float32 and waveform.ndim == 2, "sound is float32 [channels, samples]"
+        frames = mel_frames(length, self._mel)
+        least = max((frames - 1) * self._mel.hop_length, self._mel.n_fft // 2 + 1)
+        waveform = nn.functional.pad(waveform, (0, max(0, least - waveform.shape[1])))
+        mel = log_mel(waveform[None].to(self.device), self._mel)[:, :, :frames]
+        posterior = vae.encode(mel).latent_dist
+        mean, std = (value.transpose(1, 2).flatten(2)[0] for value in (posterior.mean, posterior.std))
+        assert len(mean) == length, f"{frames} mel frames gave {len(mean)} latents, not {length}"
+        return Latents(((mean - vae.latents_mean) / vae.latents_std).cpu(), (std / vae.latents_std).cpu())

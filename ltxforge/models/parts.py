@@ -1,0 +1,23 @@
+"""A model's parts on a device: cast, and freed so that the next one finds the room. Knows no part by name."""
+
+from __future__ import annotations
+
+import gc
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def cast(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
+    """`module.to(device, dtype)` without diffusers' override, which warns about float32 parts that LTX has not."""
+    return nn.Module.to(module, device, dtype)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give freed weights back to the device, so that the next part finds the room."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()

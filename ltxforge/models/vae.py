@@ -1,0 +1,68 @@
+"""Frames to normalised latents and back, through the video VAE of either family.
+
+Decides the normalisation (the VAE's own statistics, in float32) and that decoding is deterministic. Holds no VAE.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLLTX2Video, AutoencoderKLLTXVideo
+from torch import Tensor
+
+from ltxforge.models.interface import Latents
+from ltxforge.shapes import is_legal_frames, is_legal_side
+
+VideoVae = AutoencoderKLLTXVideo | AutoencoderKLLTX2Video
+DECODE_NOISE_SEED = 0
+
+
+@torch.no_grad()
+def encode_frames(vae: VideoVae, frames: Tensor, device: torch.device) -> Latents:
+    """uint8 frames [N, height, width, 3], N = 8k + 1, to the posterior [C, F, Y, X] on the CPU."""
+    count, height, width, channels = frames.shape
+    assert frames.dtype == torch.uint8 and channels == 3, "frames are uint8 [N, height, width, 3]"
+    assert is_legal_frames(count, vae.temporal_compression_ratio), f"{count} frames are not 8k + 1"
+    assert all(is_legal_side(side, vae.spatial_compression_ratio) for side in (height, width))
+    pixels = frames.to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
+    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+    mean, std, scale = statistics(vae)
+    centred = (posterior.mean.float() - mean) * scale / std
+    return Latents(centred[0].cpu(), (posterior.std.float() * scale / std)[0].cpu())
+
+
+@torch.no_grad()
+def decode_frames(vae: VideoVae, latents: Tensor, device: torch.device, decode_timestep: float) -> Tensor:
+    """Normalised latents [C, F, Y, X] to uint8 frames [N, height, width, 3] on the CPU.
+
+    Deterministic: 0.9.1's decoder draws noise, here always the same.
+    """
+    mean, std, scale = statistics(vae)
+    latents = latents.to(device, torch.float32)[None] * std / scale + mean
+    conditioned = vae.config.timestep_conditioning
+    timestep = torch.tensor([decode_timestep], device=device, dtype=vae.dtype) if conditioned else None
+    with fixed_randomness(device):
+        pixels = vae.decode(latents.to(vae.dtype), timestep, return_dict=False)[0]
+    frames = ((pixels[0].float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return frames.permute(1, 2, 3, 0).cpu()
+
+
+def statistics(vae: VideoVae) -> tuple[Tensor, Tensor, float]:
+    """The VAE's own latents mean and std, [1, C, 1, 1, 1] float32, and its scaling factor."""
+    mean, std = (buffer.float().view(1, -1, 1, 1, 1) for buffer in (vae.latents_mean, vae.latents_std))
+    return mean, std, float(vae.config.scaling_factor)
+
+
+@contextlib.contextmanager
+def fixed_randomness(device: torch.device) -> Iterator[None]:
+    """The default generators seeded for a while and then put back; nothing outside sees a draw."""
+    devices: list[Any] = [] if device.type == "cpu" else [device]
+    kind = "cuda" if device.type == "cpu" else device.type
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        torch.default_generator.manual_seed(DECODE_NOISE_SEED)
+        if devices:
+            torch.get_device_module(device).manual_seed(DECODE_NOISE_SEED)
+        yield
