@@ -1,4 +1,4 @@
-"""The built-in dataset: six small clips of moving shapes with captions, drawn here and written as real mp4 files.
+"""The built-in dataset: six small clips of moving shapes with captions, four of them with sound, as real mp4 files.
 
 It stands in for a user's folder in the quickstart (`path = "builtin/shapes"`) and takes the same way through scan,
 probe and decode. Deterministic: the same versions of numpy, Pillow and ffmpeg write the same bytes. Torch-free.
@@ -18,18 +18,24 @@ from ltxforge import durable
 from ltxforge.media.write import write_video
 
 # Raise by hand when the clips change; folders of another version are rendered again.
-VERSION = 1
+VERSION = 2
 SECONDS = 2.0
+SAMPLE_RATE = 48000
 _FACTS = {"dataset": "builtin/shapes", "version": VERSION}
 _OVERSAMPLING = 4  # drawn larger and reduced, which smooths all edges
 
 Colour = tuple[int, int, int]
 Draw = Callable[[ImageDraw.ImageDraw, float, int, int], None]
+# Seconds [samples] → what is heard then, [samples], full scale 1; the same on both sides.
+Sound = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class _Scene:
-    """A clip: `draw` paints at time p in [0, 1] on a canvas of width × height; the background fades top to bottom."""
+    """A clip: `draw` paints at time p in [0, 1] on a canvas of width × height; the background fades top to bottom.
+
+    Without `sound` the file has no sound track, as half of all clips that people have.
+    """
 
     name: str
     caption: str
@@ -39,6 +45,7 @@ class _Scene:
     width: int = 128
     height: int = 96
     fps: int = 25
+    sound: Sound | None = None
 
 
 def render(directory: Path) -> Path:
@@ -50,7 +57,8 @@ def render(directory: Path) -> Path:
             durable.retire(directory)
         with durable.staged_folder(directory, _FACTS) as staging:
             for scene in _SCENES:
-                write_video(staging / f"{scene.name}.mp4", _frames(scene), scene.fps, threads=1)
+                video = staging / f"{scene.name}.mp4"
+                write_video(video, _frames(scene), scene.fps, threads=1, audio=_heard(scene), sample_rate=SAMPLE_RATE)
                 durable.write_file(staging / f"{scene.name}.txt", scene.caption + "\n")
     except OSError:
         if not _is_whole(directory):  # else another process rendered it meanwhile
@@ -73,6 +81,14 @@ def _frames(scene: _Scene) -> np.ndarray:
         scene.draw(ImageDraw.Draw(canvas), index / (count - 1), *size)
         pictures.append(np.asarray(canvas.resize((scene.width, scene.height), Image.Resampling.BOX)))
     return np.stack(pictures)
+
+
+def _heard(scene: _Scene) -> np.ndarray | None:
+    """The scene's sound, float32 [2, samples], or None."""
+    if scene.sound is None:
+        return None
+    seconds = np.arange(round(SECONDS * SAMPLE_RATE)) / SAMPLE_RATE
+    return np.stack([scene.sound(seconds)] * 2).astype(np.float32)
 
 
 def _gradient(scene: _Scene, width: int, height: int) -> Image.Image:
@@ -139,17 +155,41 @@ def _crossing_discs(draw: ImageDraw.ImageDraw, p: float, width: int, height: int
     _disc(draw, 0.5 * width + sway, 0.66 * height, radius, (20, 170, 180))
 
 
+def _rumble(seconds: np.ndarray) -> np.ndarray:
+    """A disc rolls: low tones that beat against each other."""
+    return 0.15 * sum(np.sin(2 * np.pi * hertz * seconds) for hertz in (82.0, 87.0, 131.0))
+
+
+def _two_thuds(seconds: np.ndarray) -> np.ndarray:
+    """A square lands half way and at the end of its second bounce: short falling knocks."""
+    heard = np.zeros_like(seconds)
+    for landing in (0.0, SECONDS / 2):
+        since = np.maximum(seconds - landing, 0.0)
+        heard += 0.6 * np.where(seconds >= landing, np.exp(-12 * since) * np.sin(2 * np.pi * 110 * since), 0.0)
+    return heard
+
+
+def _rising_tone(seconds: np.ndarray) -> np.ndarray:
+    """From 220 to 880 Hz."""
+    return 0.3 * np.sin(2 * np.pi * (220 * seconds + 0.5 * (880 - 220) / SECONDS * seconds**2))
+
+
+def _growing_hum(seconds: np.ndarray) -> np.ndarray:
+    """Silent at first, louder as the ring grows."""
+    return 0.4 * seconds / SECONDS * np.sin(2 * np.pi * 330 * seconds)
+
+
 _SCENES = (
     _Scene("red_disc", "A red disc with a pale dot rolls from left to right over brown ground, under a light blue sky.",
-           _rolling_disc, (150, 200, 235), (228, 240, 248)),
+           _rolling_disc, (150, 200, 235), (228, 240, 248), sound=_rumble),
     _Scene("blue_square", "A blue square bounces twice on dark green ground in front of a cream background.",
-           _bouncing_square, (250, 240, 215), (240, 220, 180)),
+           _bouncing_square, (250, 240, 215), (240, 220, 180), sound=_two_thuds),
     _Scene("green_triangle", "A green triangle rises slowly from the bottom to the top of a pink background.",
-           _rising_triangle, (250, 205, 210), (255, 232, 225), width=96, height=128),
+           _rising_triangle, (250, 205, 210), (255, 232, 225), width=96, height=128, sound=_rising_tone),
     _Scene("yellow_star", "A yellow star turns clockwise in the middle of a dark night-blue background.",
            _turning_star, (16, 20, 52), (40, 48, 100), fps=50),
     _Scene("purple_ring", "A purple ring grows from the centre of a pale grey background.",
-           _growing_ring, (238, 238, 242), (206, 208, 216)),
+           _growing_ring, (238, 238, 242), (206, 208, 216), sound=_growing_hum),
     _Scene("two_discs", "An orange disc and a teal disc cross each other's way in front of a dark grey background.",
            _crossing_discs, (52, 54, 60), (78, 80, 88)),
 )  # fmt: skip

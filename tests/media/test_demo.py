@@ -11,6 +11,7 @@ import pytest
 from ltxforge import durable
 from ltxforge.dataset.scan import scan
 from ltxforge.media import demo
+from ltxforge.media.audio import read_audio
 from ltxforge.signals import StopRequest
 
 
@@ -54,3 +55,19 @@ def test_reused_when_whole_and_repaired_when_not(tmp_path: Path) -> None:
     demo.render(folder)
     assert clip.read_bytes() == good
     assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
+
+
+def test_four_clips_sound_and_two_have_no_track(shapes: Path) -> None:
+    heard = {path.stem: read_audio(path, 0.0, demo.SECONDS, demo.SAMPLE_RATE) for path in shapes.glob("*.mp4")}
+    assert {name for name, sound in heard.items() if sound is None} == {"yellow_star", "two_discs"}
+    for name, sound in heard.items():
+        assert sound is None or 0.1 < np.abs(sound).max() < 0.9, name
+
+
+def test_the_triangle_s_tone_rises_from_220_to_880_hz(shapes: Path) -> None:
+    sound = read_audio(shapes / "green_triangle.mp4", 0.0, demo.SECONDS, demo.SAMPLE_RATE)[0]
+    window = demo.SAMPLE_RATE // 10
+    for start, expected in ((0.0, 236.5), (0.95, 550.0), (1.85, 847.0)):  # 220 + 330 t in the middle of each window
+        begin = round(start * demo.SAMPLE_RATE)
+        spectrum = np.abs(np.fft.rfft(sound[begin : begin + window] * np.hanning(window)))
+        assert abs(spectrum.argmax() * demo.SAMPLE_RATE / window - expected) < 25
