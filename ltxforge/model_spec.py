@@ -5,6 +5,7 @@ Data only. The versions themselves stand in `specs_ltx_video.py` and `specs_ltx2
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,3 +97,10 @@ class ModelSpec:
     def has_audio(self) -> bool:
         """Whether the model makes sound beside pictures."""
         return self.audio_vae_config is not None
+
+    @property
+    def prompt_multiple(self) -> int:
+        """What a prompt's length in tokens must be a multiple of: the connectors' registers; 1 without connectors."""
+        config = self.connectors_config or {}
+        counts = (config.get(f"{name}_connector_num_learnable_registers") or 1 for name in ("video", "audio"))
+        return math.lcm(*counts)

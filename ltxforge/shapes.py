@@ -5,7 +5,6 @@ Decides which sizes are legal and which legal sizes are nearest. Knows no model:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 
@@ -58,13 +57,19 @@ def nearest_frames(frames: int, temporal: int = 8) -> tuple[int, ...]:
     return _around(frames - 1, temporal, 0, 1)
 
 
-def nearest_size(width: int, height: int, spatial: int = 32) -> tuple[int, int]:
-    """The legal size nearest to width × height; a tie goes up: 480x854 → 480x864."""
-    return _nearest(width, spatial), _nearest(height, spatial)
+def nearest_sizes(width: int, height: int, spatial: int = 32) -> tuple[tuple[int, int], ...]:
+    """The legal sizes nearest to width × height, two where a side lies in the middle between two legal ones.
+
+    480x854 → (480x864); 720x1280 → (704x1280, 736x1280). Sides that tie together go down or up together.
+    """
+    found = {(_nearest(width, spatial, up), _nearest(height, spatial, up)) for up in (False, True)}
+    return tuple(sorted(found))
 
 
-def _nearest(pixels: int, step: int) -> int:
-    return max(step, math.floor(pixels / step + 0.5) * step)
+def _nearest(pixels: int, step: int, up: bool) -> int:
+    """The multiple of `step` nearest to `pixels`, at least `step`; a tie goes up or down."""
+    lower, rest = divmod(pixels, step)
+    return max(1, lower + (2 * rest > step or (up and 2 * rest == step))) * step
 
 
 def _around(value: int, step: int, smallest: int, offset: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ltxforge.shapes import ClipShape, LatentShape, is_legal_frames, nearest_frames, nearest_size
+from ltxforge.shapes import ClipShape, LatentShape, is_legal_frames, is_legal_side, nearest_frames, nearest_sizes
 
 
 @pytest.mark.parametrize(
@@ -15,10 +15,20 @@ def test_nearest_frames(frames, nearest):
 
 
 @pytest.mark.parametrize(
-    ("size", "nearest"), [((480, 854), (480, 864)), ((1280, 720), (1280, 736)), ((10, 10), (32, 32))]
+    ("size", "nearest"),
+    [
+        ((480, 854), ((480, 864),)),
+        ((720, 1280), ((704, 1280), (736, 1280))),
+        ((1280, 720), ((1280, 704), (1280, 736))),
+        ((720, 720), ((704, 704), (736, 736))),
+        ((1920, 1080), ((1920, 1088),)),
+        ((10, 16), ((32, 32),)),
+        ((768, 512), ((768, 512),)),
+    ],
 )
-def test_nearest_size(size, nearest):
-    assert nearest_size(*size) == nearest
+def test_nearest_sizes(size, nearest):
+    assert nearest_sizes(*size) == nearest
+    assert all(is_legal_side(side) for each in nearest for side in each)
 
 
 @pytest.mark.parametrize(

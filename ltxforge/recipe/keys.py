@@ -67,12 +67,21 @@ ALIASES = {
     "num_frames": "dataset.frames",
     "frame_rate": "dataset.fps",
     "guidance_scale": "validation.guidance",
+    "audio_guidance_scale": "validation.audio_guidance",
+    "stg_scale": "validation.stg",
+    "modality_scale": "validation.modality_guidance",
+    "rescale_scale": "validation.rescale",
+    "guidance_rescale": "validation.rescale",
+    "audio_loss_weight": "audio.loss_weight",
+    "with_audio": "training.modalities",
+    "generate_audio": "training.modalities",
+    "max_sequence_length": "conditioning.prompt_tokens",
     "num_inference_steps": "validation.steps",
 }
 _SECTION_ALIASES = {
     "adapter": "lora", "network": "lora", "data": "dataset", "datasets": "dataset", "train": "training",
     "optim": "optimizer", "validate": "validation", "prompts": "validation.prompt", "checkpoints": "checkpoint",
-    "sampling": "validation", "save": "checkpoint", "flow_matching": "flow",
+    "sampling": "validation", "save": "checkpoint", "flow_matching": "flow", "sound": "audio",
 }  # fmt: skip
 
 

@@ -1,111 +1,72 @@
 """Rules between keys, and warnings: what no single key can know. Each rule is one small function.
 
-A rule names the keys that it reads and runs only when all of them hold what the user said. `*` stands for any item of
-a list, `**` for everything below. Rules judge the text alone: no files, no weights. What is legal within one key
-stands in `schema.py`.
+Rules judge the text alone: no files, no weights. What is legal within one key stands in `schema.py`; what depends on
+the model's family, in `model_rules.py`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from ltxforge.recipe.faults import Fault, Key, dotted
+from ltxforge.recipe.model_rules import family_named, spec_named
+from ltxforge.recipe.rulebook import RULES, key_of, rule, warning
 from ltxforge.recipe.schema import Dataset, Recipe
 from ltxforge.recipe.suggest import nearest
 from ltxforge.recipe.wording import toml
-from ltxforge.specs import SPECS, TINY, ModelSpec
+from ltxforge.specs import specs_of
 
 BUILTIN_DATASETS = ("builtin/shapes",)
 
 
-@dataclass(frozen=True)
-class Rule:
-    """`judge` gives the faults of a recipe; `keys` are patterns of the keys it reads."""
-
-    keys: tuple[Key, ...]
-    judge: Callable[[Recipe], Iterator[Fault]]
-
-    def can_judge(self, unjudged: set[Key]) -> bool:
-        """Whether none of the keys that the rule reads is faulty or inside something faulty."""
-        return not any(_covers(bad, key) for bad in unjudged for key in self.keys)
-
-
-RULES: list[Rule] = []
-
-
 def break_rules(recipe: Recipe, unjudged: set[Key]) -> list[Fault]:
     """All faults and warnings that the rules find, those left out that would read an unjudged key."""
-    return [fault for rule in RULES if rule.can_judge(unjudged) for fault in rule.judge(recipe)]
-
-
-def _rule(*keys: str) -> Callable[[Callable[[Recipe], Iterator[Fault]]], None]:
-    def register(judge: Callable[[Recipe], Iterator[Fault]]) -> None:
-        RULES.append(Rule(tuple(tuple(key.split(".")) for key in keys), judge))
-
-    return register
-
-
-def _covers(bad: Key, key: Key) -> bool:
-    """Whether `bad` is `key` or a table around it."""
-    if key[-1] == "**" and len(bad) >= len(key):
-        bad = (*bad[: len(key) - 1], "**")
-    return len(bad) <= len(key) and all(
-        a == b or (b == "*" and isinstance(a, int)) for a, b in zip(bad, key, strict=False)
-    )
-
-
-def _key(dotted: str) -> Key:
-    return tuple(dotted.split("."))
-
-
-def _warning(key: Key, what: str, hint: str = "", other: Key | None = None) -> Fault:
-    return Fault(key, what, hint, other=other, level="warning")
+    return [fault for each in RULES if each.can_judge(unjudged) for fault in each.judge(recipe)]
 
 
 # --- length and schedule ---------------------------------------------------------------------------------------------
 
 
-@_rule("run.steps", "run.epochs")
+@rule("run.steps", "run.epochs")
 def _one_length(recipe: Recipe) -> Iterator[Fault]:
     if recipe.run.steps is not None and recipe.run.epochs is not None:
         hint = "keep one of them; on the command line, --set run.epochs= takes a key out"
-        yield Fault(_key("run.epochs"), "the run's length is said twice, in steps and in epochs", hint,
-                    other=_key("run.steps"))  # fmt: skip
+        yield Fault(key_of("run.epochs"), "the run's length is said twice, in steps and in epochs", hint,
+                    other=key_of("run.steps"))  # fmt: skip
     if recipe.run.steps is None and recipe.run.epochs is None:
-        yield Fault(_key("run.steps"), "the run's length is missing", "add steps or epochs to [run]", "key")
+        yield Fault(key_of("run.steps"), "the run's length is missing", "add steps or epochs to [run]", "key")
 
 
-@_rule("run.steps", "optimizer.warmup_steps")
+@rule("run.steps", "optimizer.warmup_steps")
 def _warmup_ends(recipe: Recipe) -> Iterator[Fault]:
     steps, warmup = recipe.run.steps, recipe.optimizer.warmup_steps
     if steps is not None and warmup is not None and warmup >= steps:
         what = f"warmup_steps = {warmup} never ends: the run has {steps} steps"
-        yield Fault(_key("optimizer.warmup_steps"), what, f"at most {steps - 1}", other=_key("run.steps"))
+        yield Fault(key_of("optimizer.warmup_steps"), what, f"at most {steps - 1}", other=key_of("run.steps"))
 
 
-@_rule("optimizer.schedule", "optimizer.power")
+@rule("optimizer.schedule", "optimizer.power")
 def _power_of_polynomial(recipe: Recipe) -> Iterator[Fault]:
     if "power" in recipe.optimizer.model_fields_set and recipe.optimizer.schedule != "polynomial":
         what = f'power means nothing to the schedule "{recipe.optimizer.schedule}"'
-        yield _warning(_key("optimizer.power"), what, 'only schedule = "polynomial" reads it')
+        yield warning(key_of("optimizer.power"), what, 'only schedule = "polynomial" reads it')
 
 
-@_rule("optimizer.schedule", "optimizer.end_fraction")
+@rule("optimizer.schedule", "optimizer.end_fraction")
 def _end_of_decay(recipe: Recipe) -> Iterator[Fault]:
     if "end_fraction" in recipe.optimizer.model_fields_set and recipe.optimizer.schedule == "constant":
         what = 'end_fraction means nothing to the schedule "constant"'
-        yield _warning(_key("optimizer.end_fraction"), what, "the rate never falls")
+        yield warning(key_of("optimizer.end_fraction"), what, "the rate never falls")
 
 
-@_rule("run.steps", "checkpoint.every")
+@rule("run.steps", "checkpoint.every")
 def _checkpoints_within_run(recipe: Recipe) -> Iterator[Fault]:
     yield from _beyond_the_end(recipe, "checkpoint.every", recipe.checkpoint.every, "saves only at the end")
 
 
-@_rule("run.steps", "validation.every")
+@rule("run.steps", "validation.every")
 def _samples_within_run(recipe: Recipe) -> Iterator[Fault]:
     yield from _beyond_the_end(recipe, "validation.every", recipe.validation.every, "samples only at the end")
 
@@ -113,83 +74,56 @@ def _samples_within_run(recipe: Recipe) -> Iterator[Fault]:
 def _beyond_the_end(recipe: Recipe, key: str, every: int | None, then: str) -> Iterator[Fault]:
     steps = recipe.run.steps
     if steps is not None and every is not None and every > steps:
-        yield _warning(_key(key), f"every = {every}: a run of {steps} steps {then}", other=_key("run.steps"))
+        yield warning(key_of(key), f"every = {every}: a run of {steps} steps {then}", other=key_of("run.steps"))
 
 
 # --- gradient, noise, LoRA -------------------------------------------------------------------------------------------
 
 
-@_rule("training.clip_norm", "training.clip_value")
+@rule("training.clip_norm", "training.clip_value")
 def _one_clip(recipe: Recipe) -> Iterator[Fault]:
     if recipe.training.clip_norm is not None and recipe.training.clip_value is not None:
         what = "clip_value and clip_norm exclude each other"
-        yield Fault(_key("training.clip_value"), what, "keep one of them", other=_key("training.clip_norm"))
+        yield Fault(key_of("training.clip_value"), what, "keep one of them", other=key_of("training.clip_norm"))
 
 
-@_rule("flow.sigma", "flow.shift")
+@rule("flow.sigma", "flow.shift")
 def _uniform_has_no_shift(recipe: Recipe) -> Iterator[Fault]:
     if recipe.flow.sigma == "uniform" and recipe.flow.shift is not None:
         what = 'sigma = "uniform" takes no shift'
-        yield Fault(_key("flow.shift"), what, "leave it out, or choose another sigma", other=_key("flow.sigma"))
+        yield Fault(key_of("flow.shift"), what, "leave it out, or choose another sigma", other=key_of("flow.sigma"))
 
 
-@_rule("flow.sigma", "flow.uniform_fraction")
+@rule("flow.sigma", "flow.uniform_fraction")
 def _uniform_has_no_fraction(recipe: Recipe) -> Iterator[Fault]:
     if recipe.flow.sigma == "uniform" and "uniform_fraction" in recipe.flow.model_fields_set:
         what = 'uniform_fraction means nothing to sigma = "uniform"'
-        yield _warning(_key("flow.uniform_fraction"), what, "all samples are drawn uniformly", _key("flow.sigma"))
+        yield warning(key_of("flow.uniform_fraction"), what, "all samples are drawn uniformly", key_of("flow.sigma"))
 
 
-@_rule("lora.targets")
+@rule("lora.targets")
 def _targets_are_meant(recipe: Recipe) -> Iterator[Fault]:
-    presets = ("attention", "feed_forward", "all")
+    presets = ("attention", "feed_forward", "cross_modal", "all")
     for place, target in enumerate(recipe.lora.targets):
         key: Key = ("lora", "targets", place)
         if target in recipe.lora.targets[:place]:
-            yield _warning(
+            yield warning(
                 key, f'the target "{target}" is said twice', other=(*key[:-1], recipe.lora.targets.index(target))
             )
         elif target not in presets and (near := nearest(target, presets)):
-            yield _warning(key, f'the target "{target}" is taken as a module name', f'did you mean "{near}"?')
-
-
-# --- model -----------------------------------------------------------------------------------------------------------
-
-
-@_rule("model.base")
-def _base_is_known(recipe: Recipe) -> Iterator[Fault]:
-    base, key = recipe.model.base, _key("model.base")
-    if re.match(r"(tiny|Lightricks)/ltx-?2", base, re.IGNORECASE):
-        hint = "LTX-Video is: Lightricks/LTX-Video-0.9.5, tiny/ltx-video, …"
-        yield Fault(key, f'base = "{base}" is refused: LTX-2 is not in this release yet', hint)
-    elif base.startswith("tiny/") and base not in TINY:
-        near = nearest(base, TINY)
-        hint = f"did you mean {near}?" if near else f"there are {', '.join(TINY)}"
-        yield Fault(key, f'there is no built-in model "{base}"', hint)
-
-
-@_rule("model.base", "model.version", "model.rope")
-def _rope_of_version(recipe: Recipe) -> Iterator[Fault]:
-    spec = _spec(recipe)
-    if spec and recipe.model.rope not in ("auto", spec.rope):
-        what = f'rope = "{recipe.model.rope}": LTX-Video {spec.version} was trained with "{spec.rope}"'
-        yield _warning(_key("model.rope"), what, '"auto" follows the weights')
-
-
-def _spec(recipe: Recipe) -> ModelSpec | None:
-    return SPECS.get(recipe.model.version or "") or TINY.get(recipe.model.base)
+            yield warning(key, f'the target "{target}" is taken as a module name', f'did you mean "{near}"?')
 
 
 # --- datasets --------------------------------------------------------------------------------------------------------
 
 
-@_rule("dataset.*.enabled")
+@rule("dataset.*.enabled")
 def _some_dataset(recipe: Recipe) -> Iterator[Fault]:
     if not any(item.enabled for item in recipe.dataset):
         yield Fault(("dataset", 0, "enabled"), "every dataset is switched off", "enable at least one")
 
 
-@_rule("dataset.*.path")
+@rule("dataset.*.path")
 def _builtin_is_known(recipe: Recipe) -> Iterator[Fault]:
     for place, item in enumerate(recipe.dataset):
         if item.path.startswith("builtin/") and item.path not in BUILTIN_DATASETS:
@@ -197,7 +131,7 @@ def _builtin_is_known(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(("dataset", place, "path"), what, f"there is {', '.join(BUILTIN_DATASETS)}")
 
 
-@_rule("dataset.**")
+@rule("dataset.**")
 def _datasets_differ(recipe: Recipe) -> Iterator[Fault]:
     first: dict[str, int] = {}
     for place, item in enumerate(recipe.dataset):
@@ -208,7 +142,7 @@ def _datasets_differ(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(("dataset", place, "path"), what, hint, other=("dataset", earlier, "path"))
 
 
-@_rule("dataset.*.id", "dataset.*.path")
+@rule("dataset.*.id", "dataset.*.path")
 def _dataset_ids_differ(recipe: Recipe) -> Iterator[Fault]:
     first: dict[str, int] = {}
     for place, item in enumerate(recipe.dataset):
@@ -232,10 +166,10 @@ def _samples(item: Dataset) -> str:
     return item.model_dump_json(exclude={"id", "repeats", "enabled"})
 
 
-@_rule("run.directory", "cache.directory", "dataset.*.path")
+@rule("run.directory", "cache.directory", "dataset.*.path")
 def _folders_apart(recipe: Recipe) -> Iterator[Fault]:
     taken = [(("dataset", place, "path"), item.path) for place, item in enumerate(recipe.dataset)]
-    ours = [(_key("run.directory"), recipe.run.directory), (_key("cache.directory"), recipe.cache.directory)]
+    ours = [(key_of("run.directory"), recipe.run.directory), (key_of("cache.directory"), recipe.cache.directory)]
     for key, folder in ours:
         if folder is None:
             continue
@@ -251,27 +185,27 @@ def _folder(path: str) -> str:
     return str(PurePosixPath(path.replace("\\", "/")))
 
 
-@_rule("conditioning.first_frame", "dataset.*.frames", "dataset.*.enabled")
+@rule("conditioning.first_frame", "dataset.*.frames", "dataset.*.enabled")
 def _first_frame_leaves_some(recipe: Recipe) -> Iterator[Fault]:
     for place, item in enumerate(recipe.dataset):
         if recipe.conditioning.first_frame > 0 and item.enabled and item.frames == 1:
             what = "frames = 1 with first_frame conditioning: there is no frame to follow, so it has no effect here"
-            yield _warning(("dataset", place, "frames"), what, other=_key("conditioning.first_frame"))
+            yield warning(("dataset", place, "frames"), what, other=key_of("conditioning.first_frame"))
 
 
 # --- validation ------------------------------------------------------------------------------------------------------
 
 
-@_rule("validation.every", "validation.prompt", "validation.library")
+@rule("validation.every", "validation.prompt", "validation.library")
 def _something_to_sample(recipe: Recipe) -> Iterator[Fault]:
     validation = recipe.validation
     if validation.every and not validation.prompt and validation.library is None:
         what = f"every = {validation.every}, but there is nothing to sample"
         hint = "add [[validation.prompt]] or library, or say every = 0"
-        yield Fault(_key("validation.every"), what, hint)
+        yield Fault(key_of("validation.every"), what, hint)
 
 
-@_rule("validation.prompt.*.name")
+@rule("validation.prompt.*.name")
 def _prompt_names_differ(recipe: Recipe) -> Iterator[Fault]:
     first: dict[str, int] = {}
     for place, prompt in enumerate(recipe.validation.prompt):
@@ -282,28 +216,31 @@ def _prompt_names_differ(recipe: Recipe) -> Iterator[Fault]:
             yield Fault(key, what, "names must differ", other=("validation", "prompt", earlier, "name"))
 
 
-@_rule("validation.guidance", "validation.negative_prompt")
-def _negative_is_used(recipe: Recipe) -> Iterator[Fault]:
-    if recipe.validation.guidance == 1 and "negative_prompt" in recipe.validation.model_fields_set:
-        what = "negative_prompt is not used: guidance = 1 is off"
-        yield _warning(_key("validation.negative_prompt"), what, other=_key("validation.guidance"))
-
-
-@_rule("validation.resolution", "validation.prompt.*.resolution", "dataset.*.resolution", "dataset.*.enabled")
+@rule("validation.resolution", "validation.prompt.*.resolution", "dataset.*.resolution", "dataset.*.enabled")
 def _sampled_size_is_trained(recipe: Recipe) -> Iterator[Fault]:
     yield from _unlike_training(recipe, "resolution", {item.resolution for item in recipe.dataset if item.enabled})
 
 
-@_rule("validation.frames", "validation.prompt.*.frames", "dataset.*.frames", "dataset.*.enabled")
+@rule("validation.frames", "validation.prompt.*.frames", "dataset.*.frames", "dataset.*.enabled")
 def _sampled_length_is_trained(recipe: Recipe) -> Iterator[Fault]:
     yield from _unlike_training(recipe, "frames", {item.frames for item in recipe.dataset if item.enabled})
 
 
-@_rule("validation.fps", "validation.prompt.*.fps", "dataset.*.fps", "dataset.*.enabled", "model.base", "model.version")
+@rule(
+    "validation.fps", "validation.prompt.*.fps", "dataset.*.fps", "dataset.*.enabled", "model.base", "model.version",
+    "model.transformer",
+)  # fmt: skip
 def _sampled_rate_is_trained(recipe: Recipe) -> Iterator[Fault]:
-    spec = _spec(recipe)
-    default = spec.default_fps if spec else ModelSpec.default_fps
-    yield from _unlike_training(recipe, "fps", {item.fps or default for item in recipe.dataset if item.enabled})
+    rates = {item.fps or _default_rate(recipe) for item in recipe.dataset if item.enabled}
+    if None not in rates:
+        yield from _unlike_training(recipe, "fps", rates)
+
+
+def _default_rate(recipe: Recipe) -> float | None:
+    """The model's own rate, where the text says which model it is."""
+    spec, family = spec_named(recipe.model), family_named(recipe.model)
+    rates = {each.default_fps for each in ([spec] if spec else specs_of(family).values() if family else ())}
+    return rates.pop() if len(rates) == 1 else None
 
 
 def _unlike_training(recipe: Recipe, name: str, trained: set) -> Iterator[Fault]:
@@ -314,4 +251,4 @@ def _unlike_training(recipe: Recipe, name: str, trained: set) -> Iterator[Fault]
         places.append((("validation", "prompt", place, name), getattr(prompt, name)))
     for key, value in places:
         if value is not None and trained and value not in trained:
-            yield _warning(key, f"{name} = {toml(value)} is not what is trained on", f"training uses {told}")
+            yield warning(key, f"{name} = {toml(value)} is not what is trained on", f"training uses {told}")

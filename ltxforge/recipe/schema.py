@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ltxforge.durable import is_safe_name
-from ltxforge.shapes import is_legal_frames, is_legal_side, nearest_frames, nearest_size
+from ltxforge.shapes import is_legal_frames, is_legal_side, nearest_frames, nearest_sizes
 from ltxforge.specs import SPECS
 
 Versions = Literal[tuple(SPECS)]  # type: ignore[valid-type]
@@ -37,7 +37,7 @@ def parse_size(text: str) -> tuple[int, int]:
 def _check_size(text: str) -> str:
     width, height = parse_size(text)
     if not (is_legal_side(width) and is_legal_side(height)):
-        nearest = "x".join(map(str, nearest_size(width, height)))
+        nearest = " or ".join("x".join(map(str, size)) for size in nearest_sizes(width, height))
         raise ValueError(f"cannot be encoded: both sides must be multiples of 32; nearest: {nearest}")
     if width * height > 2**24:
         raise ValueError("has more than 16 megapixels; no LTX model works at that size")
@@ -126,7 +126,7 @@ class Model(_Section):
     """The base model. Sources: a folder, a .safetensors file, or a Hub id `org/name[:path][@revision]`."""
 
     base: Source = Field(
-        description="Folder, .safetensors file, Hub id, or a built-in tiny model such as tiny/ltx-video.",
+        description="Folder, .safetensors file, Hub id, or a built-in tiny model such as tiny/ltx-video or tiny/ltx2.",
         examples=["Lightricks/LTX-Video-0.9.5"],
     )
     version: Versions | None = Field(
@@ -134,9 +134,19 @@ class Model(_Section):
     )
     transformer: Source | None = Field(None, description="A fine-tuned transformer to train on instead of the base's.")
     vae: Source | None = Field(None, description="A VAE from another source.")
-    text_encoder: Source | None = Field(None, description="A T5 text encoder from another source.")
+    audio_vae: Source | None = Field(None, description="LTX-2: an audio VAE from another source.")
+    vocoder: Source | None = Field(
+        None, description="LTX-2: a vocoder, which turns mel into sound, from another source."
+    )
+    connectors: Source | None = Field(
+        None, description="LTX-2: connectors, between text encoder and transformer, from another source."
+    )
+    text_encoder: Source | None = Field(
+        None, description="A text encoder from another source: T5 for LTX-Video, the version's Gemma for LTX-2."
+    )
     rope: Literal["auto", "plain", "causal"] = Field(
-        "auto", description="Time coordinates: plain 8j/fps, causal max(0, 8j-7)/fps; auto follows the weights."
+        "auto",
+        description="LTX-Video: time coordinates plain 8j/fps, causal max(0, 8j-7)/fps; auto follows the weights.",
     )
 
 
@@ -166,7 +176,9 @@ class Dataset(_Section):
     id: Name | None = Field(None, description="A name for this dataset; default: the folder's.")
     resolution: Size = Field("768x512", description='Training size "WIDTHxHEIGHT"; other aspects get the same area.')
     frames: Frames = Field(121, description="Frames per sample: 8k + 1.")
-    fps: Fps | None = Field(None, description="Clips are resampled to this rate; default: the model's (25).")
+    fps: Fps | None = Field(
+        None, description="Clips are resampled to it; default: the model's (LTX-Video 25, LTX-2 24)."
+    )
     windows: Literal["all", "first"] | Annotated[int, Field(ge=1, le=10_000)] = Field(
         "all", description="all: as many windows as fit, over the whole clip; first; or how many, evenly spread."
     )
@@ -184,6 +196,11 @@ class Dataset(_Section):
 class Training(_Section):
     """The step."""
 
+    modalities: Literal["video", "audio", "both"] | None = Field(
+        None,
+        description="What is computed and trained: both is joint, video or audio leaves the other out entirely."
+        " Default: both where the model makes sound, else video.",
+    )
     batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="Samples per micro-batch, per device.")
     accumulate: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="Micro-batches per optimiser update.")
     precision: Literal["bf16", "fp32"] | None = Field(
@@ -194,6 +211,18 @@ class Training(_Section):
     )
     clip_value: ClipBound | None = Field(
         None, description="Bound on each element of the gradient, instead of clip_norm."
+    )
+
+
+class Audio(_Section):
+    """How sound is trained, by models that make it (LTX-2)."""
+
+    sigma: Literal["independent", "shared"] = Field(
+        "independent", description="The sound's noise level: a draw of its own, as Lightricks trains, or the video's."
+    )
+    loss_weight: Annotated[float, Field(ge=0, le=1000)] = Field(
+        1.0,
+        description="The sound's share in what is minimised; 0 keeps it as context and learns from the video alone.",
     )
 
 
@@ -230,8 +259,12 @@ class Lora(_Section):
     targets: Annotated[list[Annotated[str, AfterValidator(_check_pattern)]], Field(min_length=1, max_length=256)] = (
         Field(
             ["attention"],
-            description="Presets attention, feed_forward, all; or module name endings such as to_q; or re:<regex>.",
+            description="Presets attention, feed_forward, cross_modal (between video and audio), all; or module name"
+            " endings such as to_q; or re:<regex>.",
         )
+    )
+    modalities: Literal["video", "audio", "both"] | None = Field(
+        None, description="Whose layers the presets mean; within training.modalities, which is the default."
     )
     save_precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="dtype of the exported file.")
 
@@ -253,9 +286,10 @@ class Conditioning(_Section):
 
     first_frame: Share = Field(0.0, description="Probability of keeping the first frame clean (image-to-video).")
     caption_dropout: Share = Field(0.0, description="Probability of training on the empty caption.")
-    prompt_tokens: Annotated[int, Field(ge=8, le=512)] | None = Field(
+    prompt_tokens: Annotated[int, Field(ge=8, le=1024)] | None = Field(
         None,
-        description="T5 length; longer captions are cut and counted. Default: the pipeline's, 128 or 256.",
+        description="Prompt length; longer captions are cut and counted. LTX-2: a multiple of the connectors' 128"
+        " registers. Default: the pipeline's, 128 or 256, LTX-2 1024.",
     )
 
 
@@ -273,6 +307,11 @@ class Cache(_Section):
 
     directory: Source | None = Field(None, description="Default: cache/ beside runs/. Runs may share one.")
     latents: Literal["mean", "sample"] = Field("mean", description="The VAE posterior's mean, or a draw from it.")
+    text_cache: Literal["connectors", "features"] = Field(
+        "connectors",
+        description="LTX-2, of each caption: the connectors' output, whole; or what they are fed, a fraction of it,"
+        " and they run in every step. The plan prints what each weighs.",
+    )
 
 
 class Checkpoint(_Section):
@@ -311,10 +350,31 @@ class Validation(_Section):
     fps: Fps | None = Field(None, description="Default: the training rate.")
     steps: Annotated[int, Field(ge=1, le=1000)] | None = Field(None, description="Default: the model version's.")
     guidance: Annotated[float, Field(ge=1, le=30)] | None = Field(
-        None, description="Classifier-free guidance; 1 is off. Default: the model version's."
+        None, description="Classifier-free guidance; 1 is off. LTX-2: the video's. Default: the model version's."
+    )
+    audio_guidance: Annotated[float, Field(ge=1, le=30)] | None = Field(
+        None, description="LTX-2: the sound's classifier-free guidance; 1 is off. Default: the version's."
+    )
+    stg: Annotated[float, Field(ge=0, le=10)] | None = Field(
+        None,
+        description="LTX-2: spatio-temporal guidance, away from a pass that skips self attention in some blocks;"
+        " 0 is off. Default: the version's.",
+    )
+    modality_guidance: Annotated[float, Field(ge=1, le=30)] | None = Field(
+        None,
+        description="LTX-2: away from a pass in which video and sound do not see each other; 1 is off."
+        " Default: the version's.",
+    )
+    rescale: Share | None = Field(
+        None,
+        description="LTX-2: how much of the contrast that guidance adds is taken back; 0 is off."
+        " Default: the version's.",
+    )
+    frugal: bool = Field(
+        False, description="LTX-2: decode in tiles, with nothing else on the device: slower, in far less memory."
     )
     negative_prompt: str = Field(
-        "worst quality, inconsistent motion, blurry, jittery, distorted", description="Used when guidance > 1."
+        "worst quality, inconsistent motion, blurry, jittery, distorted", description="Used where guidance is above 1."
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="Starting noise of every sample.")
 
@@ -326,6 +386,7 @@ class Recipe(_Section):
     run: Run = Run()
     dataset: Annotated[list[Dataset], Field(min_length=1)]
     training: Training = Training()
+    audio: Audio = Audio()
     optimizer: Optimizer = Optimizer()
     lora: Lora = Lora()
     flow: Flow = Flow()
@@ -337,8 +398,6 @@ class Recipe(_Section):
 
 
 NOT_YET: dict[str, str] = {
-    "audio": "audio comes with LTX-2 support, which this release does not have yet",
-    "lora.modalities": "modalities come with LTX-2 support, which this release does not have yet",
     "kernels": "the Triton kernels are not in this release yet; it computes in plain PyTorch",
     "training.attention": "attention backends are not in this release yet; it uses PyTorch's own attention",
     "validation.attention": "attention backends are not in this release yet; it uses PyTorch's own attention",
