@@ -13,6 +13,7 @@ import torch
 
 from ltxforge.dataset import encode
 from ltxforge.dataset.cache import Cache
+from ltxforge.dataset.cached import CachedData
 from ltxforge.distributed import refuse_several_processes
 from ltxforge.durable import faults_told
 from ltxforge.errors import DeviceFullError, LtxforgeError, RunError, Stopped
@@ -149,7 +150,7 @@ def show_plan(plan: Plan, screen: Screen) -> None:
     screen.show(plan_table(plan, quantiles))
 
 
-def settle_data(plan: Plan, model: VideoModel, cache: Cache, emit: Emit, stop: StopRequest) -> encode.CachedData:
+def settle_data(plan: Plan, model: VideoModel, cache: Cache, emit: Emit, stop: StopRequest) -> CachedData:
     """Fill the cache and compare what the run trains on with what it began with."""
     home = RunDirectory(Path(plan.directory))
     data = encode.fill(plan, model, cache, emit, stop)
@@ -161,5 +162,9 @@ def settle_data(plan: Plan, model: VideoModel, cache: Cache, emit: Emit, stop: S
         count = len(changes.late)
         emit(Note(f"{count} samples that could not be decoded when this run began stay out of it", "warning"))
         data = data.without(changes.late)
+    if changes.late_sound:
+        count = len(changes.late_sound)
+        emit(Note(f"the sound of {count} samples that had none when this run began stays out of it", "warning"))
+        data = data.without_sound(changes.late_sound)
     home.save_data(data.to_json())
     return data

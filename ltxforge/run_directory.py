@@ -28,11 +28,12 @@ class DataChanges:
     """How data differ from what a run began with.
 
     `encoded` names the paths of samples that got other bits; `late` the identities of samples that could not be decoded
-    then (too slow, too little memory) and can be now.
+    then (too slow, too little memory) and can be now, `late_sound` of those of which only the sound could not.
     """
 
     encoded: tuple[str, ...] = ()
     late: frozenset[str] = frozenset()
+    late_sound: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -152,22 +153,36 @@ class RunDirectory:
                 remedy="Put an intact copy back, or start a new run with --out another/directory.",
             ) from error  # fmt: skip
         now = {entry["identity"]: entry for entry in data["samples"]}
-        if gone := sorted(entry["path"] for key, entry in before.items() if key not in now):
-            raise RunError(
-                f"{len(gone)} samples that this run began with cannot be decoded any more: {', '.join(gone[:5])}",
-                where=str(self.path),
-                remedy="Put the clips back as they were, or start a new run with --out another/directory.",
-            )
-        bits = ("latents", "prompt")
-        encoded = [now[key]["path"] for key in before if any(before[key][b] != now[key][b] for b in bits)]
+        self._require_all("samples", [entry["path"] for key, entry in before.items() if key not in now])
+        sounding = {key for key, entry in before.items() if entry.get("audio")}
+        self._require_all("samples' sound", [before[key]["path"] for key in sounding if not now[key]["audio"]])
+        late_sound = {key for key in before if key not in sounding and now[key]["audio"]}
+        encoded = [now[key]["path"] for key in before if _has_other_bits(before[key], now[key])]
         if empty_prompt != data["empty_prompt"]:
             encoded.append("the empty caption")
         return DataChanges(
             encoded=tuple(encoded),
             late=frozenset(now.keys() - before.keys()),
+            late_sound=frozenset(late_sound),
         )
+
+    def _require_all(self, what: str, gone: Sequence[str]) -> None:
+        """Raise RunError naming what cannot be decoded any more."""
+        if gone:
+            raise RunError(
+                f"{len(gone)} {what} that this run began with cannot be decoded any more:"
+                f" {', '.join(sorted(gone)[:5])}",
+                where=str(self.path),
+                remedy="Put the clips back as they were, or start a new run with --out another/directory.",
+            )
 
     def save_data(self, data: dict[str, Any]) -> None:
         """Write the data manifest, unless the run that is here has one already."""
         if not (self.has_run() and (self.path / "data.json").exists()):
             write_json(self.path / "data.json", data)
+
+
+def _has_other_bits(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether what a sample trains on was encoded to other bits; sound that it had not then is left out."""
+    sound = bool(before.get("audio")) and before["audio"] != now["audio"]
+    return sound or any(before[part] != now[part] for part in ("latents", "prompt"))

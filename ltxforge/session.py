@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ltxforge import __version__
 from ltxforge.checkpoint import Checkpoints
-from ltxforge.dataset import encode
 from ltxforge.dataset.batches import Batches
 from ltxforge.dataset.cache import Cache
+from ltxforge.dataset.cached import CachedData, read_prompt, validation_prompts
 from ltxforge.errors import RunError, Stopped
 from ltxforge.events import (
     CheckpointSaved,
@@ -41,7 +41,7 @@ from ltxforge.validation.sample import validate
 
 
 def open_session(
-    plan: Plan, model: VideoModel, cache: Cache, data: encode.CachedData, attempt: int, emit: Emit, stop: StopRequest
+    plan: Plan, model: VideoModel, cache: Cache, data: CachedData, attempt: int, emit: Emit, stop: StopRequest
 ) -> Session:
     """Load the transformer, put the adapter in and go back to the newest checkpoint."""
     model.load_transformer()
@@ -162,6 +162,6 @@ class Session:
         if not due or not self.plan.validates_at(step) or self.stop.requested:
             return
         plan = dataclasses.replace(self.plan, validation=dataclasses.replace(self.plan.validation, prompts=tuple(due)))
-        captions = encode.validation_captions(plan)
-        prompts = {text: encode.read_prompt(plan, self.cache, text, self.model.text_dtype) for text in captions}
+        dtype = self.model.text_dtype
+        prompts = {wanted.text: read_prompt(plan, self.cache, wanted, dtype) for wanted in validation_prompts(plan)}
         validate(plan, self.model, prompts, step, self.home.samples, self.emit, self.stop)

@@ -14,9 +14,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ltxforge.dataset.cache import Cache
-from ltxforge.dataset.encode import CachedData, CachedSample, read, read_prompt_at
-from ltxforge.modalities import Streams
+from ltxforge.dataset.cache import Cache, Key
+from ltxforge.dataset.cached import CachedData, CachedSample, read, read_prompt_at
+from ltxforge.modalities import Streams, has
 from ltxforge.models.interface import PromptEmbeddings
 from ltxforge.plan import Plan
 from ltxforge.randomness import address, permutation, uniform
@@ -37,7 +37,7 @@ class Batch:
 
     Attributes:
         latents: float32, normalised: of the video [B, C, F, Y, X], of the sound [B, L, C], zeros where a sample has
-            none; None where no sample has any or it is not trained.
+            none; None where no sample of the batch has any, or it is not trained.
         present: [B] bool, which samples have sound; None without sound.
         prompts: one per sample; the empty prompt's where the caption was dropped.
         clean: [B, T] bool, the video tokens kept clean (first-frame conditioning).
@@ -76,8 +76,14 @@ class Batches:
 
     def count_at(self, step: int) -> Streams[int]:
         """Samples of each modality in the whole step: the losses' divisors, known before the first forward."""
-        count = sum(len(self._samples(step, micro)) for micro in range(self._plan.training.accumulate))
-        return Streams(video=count)
+        positions = self._step(step)
+        with_sound = sum(self._data.samples[position].audio_key is not None for position in positions)
+        return Streams(video=len(positions) if self._has_video else None, audio=with_sound or None)
+
+    def steps_with_sound(self, first: int, last: int) -> int:
+        """How many of the updates `first` to `last`, both included, have a sample with sound."""
+        sounding = {position for position, item in enumerate(self._data.samples) if item.audio_key is not None}
+        return sum(not sounding.isdisjoint(self._step(step)) for step in range(first, last + 1))
 
     def load(self, step: int, micro: int) -> Batch:
         """Read a micro-batch from the cache, each entry verified, with its draws made."""
@@ -85,11 +91,13 @@ class Batches:
         chosen = tuple(self._data.samples[position] for position in index.samples)
         numbers = range(index.first_index, index.first_index + len(chosen))
         shape = chosen[0].sample.shape.latent()
+        video = None
+        if self._has_video:
+            video = torch.stack([self._video(item, step, n) for item, n in zip(chosen, numbers, strict=True)])
+        audio, present = _filled([self._audio(item, step, n) for item, n in zip(chosen, numbers, strict=True)])
         return Batch(
-            latents=Streams(
-                torch.stack([self._latents(item, step, n) for item, n in zip(chosen, numbers, strict=True)])
-            ),
-            present=None,
+            latents=Streams(video, audio),
+            present=present,
             prompts=[self._prompt(item, step, n) for item, n in zip(chosen, numbers, strict=True)],
             clean=torch.stack([self._clean(shape, step, n) for n in numbers]),
             shape=shape,
@@ -97,6 +105,14 @@ class Batches:
             samples=chosen,
             first_index=index.first_index,
         )
+
+    @property
+    def _has_video(self) -> bool:
+        return has(self._plan.training.modalities, "video")
+
+    def _step(self, step: int) -> tuple[int, ...]:
+        """The positions of all samples of an update."""
+        return sum((self._samples(step, micro) for micro in range(self._plan.training.accumulate)), ())
 
     def _samples(self, step: int, micro: int) -> tuple[int, ...]:
         number = (step - 1) * self._plan.training.accumulate + micro
@@ -118,11 +134,21 @@ class Batches:
             members += [position] * item.sample.repeats
         return [found[key] for key in sorted(found)]
 
-    def _latents(self, item: CachedSample, step: int, index: int) -> Tensor:
-        tensors = read(self._cache, "latents", item.latents_key)
+    def _video(self, item: CachedSample, step: int, index: int) -> Tensor:
+        assert item.latents_key is not None
+        return self._drawn("latents", item.latents_key, "posterior", step, index)
+
+    def _audio(self, item: CachedSample, step: int, index: int) -> Tensor | None:
+        if item.audio_key is None:
+            return None
+        return self._drawn("audio", item.audio_key, "audio-posterior", step, index)
+
+    def _drawn(self, kind: str, key: Key, purpose: str, step: int, index: int) -> Tensor:
+        """The posterior's mean, or a draw from it where its standard deviation is kept."""
+        tensors = read(self._cache, kind, key)
         if "std" not in tensors:
             return tensors["mean"]
-        generator = torch.Generator().manual_seed(address(self._plan.seed, "posterior", step, index))
+        generator = torch.Generator().manual_seed(address(self._plan.seed, purpose, step, index))
         return tensors["mean"] + tensors["std"] * torch.randn(tensors["mean"].shape, generator=generator)
 
     def _prompt(self, item: CachedSample, step: int, index: int) -> PromptEmbeddings:
@@ -137,3 +163,12 @@ class Batches:
         if drawn and shape.frames > 1:
             clean[: shape.height * shape.width] = True
         return clean
+
+
+def _filled(sounds: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """Latents [L, C], or None, of each sample → [B, L, C] with zeros for None, and [B] bool; None if all are None."""
+    like = next((sound for sound in sounds if sound is not None), None)
+    if like is None:
+        return None, None
+    latents = torch.stack([torch.zeros_like(like) if sound is None else sound for sound in sounds])
+    return latents, torch.tensor([sound is not None for sound in sounds])

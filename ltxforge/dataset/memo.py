@@ -1,7 +1,8 @@
 """What was once found out about a clip and need not be found out again: its digest, and the probe of that content.
 
-Likewise of the sound file beside it, that it has sound. A probe is remembered by digest and PROBE_VERSION. Anything unreadable in the memo counts as absent; deleting the folder
-costs time and nothing else. Torch-free.
+Likewise of the sound file beside it: its digest, and that it has sound. What was found is remembered by digest and
+PROBE_VERSION. Anything unreadable in the memo counts as absent; deleting the folder costs time and nothing else.
+Torch-free.
 """
 
 from __future__ import annotations

@@ -26,7 +26,10 @@ from ltxforge.ui.pace import Pace
 from ltxforge.ui.text import counted, duration, loss, size, time_left
 
 LABEL_WIDTH = 11
-UNITS = {"scan": "clip", "prompts": "caption", "latents": "sample", "train": "step", "validate": "denoising step"}
+UNITS = {
+    "scan": "clip", "prompts": "caption", "latents": "sample", "audio": "sample", "train": "step",
+    "validate": "denoising step",
+}  # fmt: skip
 
 
 def line(event: Event) -> tuple[str, str] | None:
