@@ -261,6 +261,11 @@ class PromptPlan:
     rescale: float = 0.0
     frugal: bool = False
 
+    @property
+    def guided(self) -> bool:
+        """Whether the negative prompt is used: guidance of the video or of the sound is above 1."""
+        return max(self.guidance, self.audio_guidance or 0.0) > 1
+
 
 @dataclass(frozen=True)
 class ValidationPlan:

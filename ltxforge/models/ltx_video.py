@@ -9,7 +9,7 @@ and gradient checkpointing takes an interval. Decides nothing about training and
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,15 +17,14 @@ import torch
 from diffusers import (
     AutoencoderKLLTXVideo,
     FlowMatchEulerDiscreteScheduler,
-    LTXConditionPipeline,
-    LTXImageToVideoPipeline,
-    LTXPipeline,
     LTXVideoTransformer3DModel,
 )
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from ltxforge.modalities import Streams
+from ltxforge.models import ltx_video_sampling
 from ltxforge.models.blocks import (
     Modulation,
     Rope,
@@ -34,9 +33,10 @@ from ltxforge.models.blocks import (
     distinct_timesteps,
     prompt_bias,
 )
-from ltxforge.models.interface import Latents, Noisy, PromptBatch, PromptEmbeddings, WantedPrompt
+from ltxforge.models.interface import Latents, Noisy, PromptBatch, PromptEmbeddings, Sample, WantedPrompt
 from ltxforge.models.parts import cast, release_memory
 from ltxforge.models.vae import decode_frames, encode_frames
+from ltxforge.plan import PromptPlan
 from ltxforge.shapes import LatentShape
 from ltxforge.specs import ModelSpec
 
@@ -296,26 +296,24 @@ class LTXVideo:
     def decode(self, latents: Tensor) -> Tensor:
         return decode_frames(self._loaded_vae(), latents, self.device, self.spec.sampling.decode_timestep)
 
-    def pipeline(self, with_image: bool) -> LTXPipeline | LTXImageToVideoPipeline | LTXConditionPipeline:
-        """diffusers' pipeline of the rope convention; prompts go in as embeddings, there is no text encoder.
-
-        The VAE is cast to the transformer's dtype, in which the pipelines hand latents over.
-        """
-        vae = cast(self._loaded_vae(), self.device, self.dtype)
-        plain = LTXImageToVideoPipeline if with_image else LTXPipeline
-        kind = LTXConditionPipeline if self.rope == "causal" else plain
-        scheduler = self._parts.scheduler()
-        if kind is LTXConditionPipeline and scheduler.config.use_dynamic_shifting:
-            # It brings a schedule of its own, which a shift by token count would need more than it gives.
-            scheduler = scheduler.from_config(scheduler.config, use_dynamic_shifting=False, shift_terminal=None)
-        made = kind(
-            scheduler=scheduler,
-            vae=vae,
-            text_encoder=None,
-            tokenizer=None,
-            transformer=self.transformer,
-        )
-        made.set_progress_bar_config(disable=True)
+    def sample(
+        self,
+        prompt: PromptPlan,
+        prompts: Mapping[str, PromptEmbeddings],
+        tokens: int,
+        image: Image.Image | None,
+        on_step: Callable[[int], None],
+    ) -> Sample:
+        """See `VideoModel.sample`. The VAE is held throughout; there is no sound and no frugal way."""
+        embeds = self.batch_prompts([prompts[prompt.prompt]], tokens)
+        negative = self.batch_prompts([prompts[prompt.negative_prompt]], tokens) if prompt.guided else None
+        with self.vae():
+            vae = cast(self._loaded_vae(), self.device, self.dtype)
+            pipeline = ltx_video_sampling.make_pipeline(
+                self.rope, image is not None, self.transformer, vae, self._parts.scheduler()
+            )
+            made = ltx_video_sampling.sample(pipeline, self.spec.sampling, prompt, embeds, negative, image, on_step)
+            del vae, pipeline  # so that the memory is free once vae() is left
         return made
 
     def _loaded_vae(self) -> AutoencoderKLLTXVideo:

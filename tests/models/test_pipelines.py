@@ -8,6 +8,7 @@ from PIL import Image
 
 from ltxforge.models import tiny
 from ltxforge.models.ltx_video import LTXVideo
+from ltxforge.models.ltx_video_sampling import make_pipeline
 from ltxforge.specs import TINY
 
 CPU = torch.device("cpu")
@@ -30,7 +31,8 @@ def test_pipelines_sample_from_embeddings(name, with_image, dtype):
     embeds = torch.randn(2, 12, spec.caption_channels, generator=draw).to(dtype)
     image = {"image": Image.fromarray(np.full((64, 96, 3), 200, np.uint8))} if with_image else {}
     with model.vae():
-        pipeline = model.pipeline(with_image)
+        vae = model._loaded_vae().to(dtype)
+        pipeline = make_pipeline(model.rope, with_image, model.transformer, vae, model._parts.scheduler())
         assert type(pipeline) is KINDS[name, with_image]
         assert pipeline.transformer is model.transformer
         frames = pipeline(

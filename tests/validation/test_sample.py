@@ -124,7 +124,7 @@ def test_the_latents_are_the_stock_pipelines_too():
         num_inference_steps=3, max_sequence_length=TOKENS, generator=torch.Generator().manual_seed(5),
         callback_on_step_end=lambda _p, _i, _t, tensors: packed.append(tensors["latents"]) or {},
     )  # fmt: skip
-    assert torch.equal(made.latents, packed[-1][0])
+    assert torch.equal(made.latents.video, packed[-1][0])
 
 
 def test_distilled_timesteps_reach_a_plain_pipeline_which_refuses_them_as_an_argument():
@@ -162,9 +162,9 @@ def test_the_rate_the_seed_and_the_prompt_matter():
         dataclasses.replace(base, prompt=NEGATIVE),
         dataclasses.replace(base, guidance=1.0),
     ]
-    latents = [sample(model, variant, prompts, TOKENS).latents for variant in variants]
+    latents = [sample(model, variant, prompts, TOKENS).latents.video for variant in variants]
     assert all(not torch.equal(latents[0], other) for other in latents[1:])
-    assert torch.equal(latents[0], sample(model, base, prompts, TOKENS).latents)
+    assert torch.equal(latents[0], sample(model, base, prompts, TOKENS).latents.video)
 
 
 @pytest.fixture
