@@ -130,8 +130,7 @@ def validation_prompts(plan: Plan) -> set[WantedPrompt]:
     modalities = "both" if "audio_vae" in plan.model.components else "video"
     texts = set()
     for prompt in plan.validation.prompts:
-        guided = prompt.guidance > 1 or (prompt.audio_guidance or 1) > 1
-        texts |= {prompt.prompt, prompt.negative_prompt} if guided else {prompt.prompt}
+        texts |= {prompt.prompt, prompt.negative_prompt} if prompt.guided else {prompt.prompt}
     return {WantedPrompt(text, modalities) for text in texts}
 
 

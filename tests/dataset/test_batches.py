@@ -8,7 +8,7 @@ import torch
 
 from ltxforge.dataset.batches import Batches
 from ltxforge.dataset.cache import Cache
-from ltxforge.dataset.encode import CachedData, CachedSample
+from ltxforge.dataset.cached import CachedData, CachedSample
 from ltxforge.plan import CachePlan, ConditioningPlan, TrainingPlan
 from ltxforge.specs import TINY
 
@@ -21,10 +21,14 @@ def made_up_data(plan, cache, channels=16, width=8):
         mean = torch.randn(channels, shape.frames, shape.height, shape.width, generator=generator)
         keys = {"clip": sample.clip}, {"caption": sample.caption}
         latents = cache.write("latents", keys[0], {"mean": mean, "std": torch.full_like(mean, 0.5)})
-        prompt = cache.write("prompts", keys[1], {"embeds": torch.full((3 + number, width), float(number))})
+        prompt = cache.write(
+            "prompts",
+            keys[1],
+            {"embeds": torch.full((3 + number, width), float(number)), "tokens": torch.tensor(3 + number)},
+        )
         samples.append(CachedSample(sample, keys[0], latents.digest, keys[1], prompt.digest))
     empty = {"caption": ""}
-    nothing = cache.write("prompts", empty, {"embeds": torch.full((1, width), -1.0)})
+    nothing = cache.write("prompts", empty, {"embeds": torch.full((1, width), -1.0), "tokens": torch.tensor(1)})
     return CachedData(tuple(samples), empty, nothing.digest)
 
 
@@ -66,7 +70,7 @@ def test_indices_run_through_the_whole_step(make):
         for micro in range(4):
             index = batches.index_at(step, micro)
             numbers += range(index.first_index, index.first_index + len(index.samples))
-        assert numbers == list(range(batches.count_at(step)))
+        assert numbers == list(range(batches.count_at(step).video))
 
 
 def test_order_of_asking_changes_nothing(make):
@@ -83,7 +87,7 @@ def test_a_batch_holds_its_samples_content(make):
     assert not batch.clean.any()
     for row, number in enumerate(index.samples):
         assert batch.samples[row].sample.clip == f"clip{number}"
-        assert (batch.prompts[row].embeds == number).all() and len(batch.prompts[row].embeds) == 3 + number
+        assert (batch.prompts[row].tensors["embeds"] == number).all() and batch.prompts[row].tokens == 3 + number
 
 
 def test_conditioning_is_drawn_with_its_probability_and_by_address(make):
@@ -95,7 +99,7 @@ def test_conditioning_is_drawn_with_its_probability_and_by_address(make):
         for row in range(len(batch.prompts)):
             count += 1
             kept += bool(batch.clean[row].any())
-            dropped += bool((batch.prompts[row].embeds == -1).all())
+            dropped += bool((batch.prompts[row].tensors["embeds"] == -1).all())
             assert batch.clean[row].sum() in (0, area) and not batch.clean[row, area:].any()
     # Standard deviations are about 0.02.
     assert kept / count == pytest.approx(0.5, abs=0.08) and dropped / count == pytest.approx(0.25, abs=0.08)
@@ -105,8 +109,9 @@ def test_conditioning_is_drawn_with_its_probability_and_by_address(make):
 def test_posterior_samples_are_drawn_by_address(make, tiny_plan):
     batches = make(cache=CachePlan(tiny_plan.cache.directory, "sample"), training=TrainingPlan(4, 1, 1.0, None))
     first, again, later = batches.load(1, 0), batches.load(1, 0), batches.load(3, 0)
-    assert torch.equal(first.latents, again.latents)
-    assert first.latents.shape != later.latents.shape or not torch.equal(first.latents, later.latents)
+    first, again, later = (batch.latents.video for batch in (first, again, later))
+    assert torch.equal(first, again)
+    assert first.shape != later.shape or not torch.equal(first, later)
 
 
 def test_the_rate_of_epochs(make):

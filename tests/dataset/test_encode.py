@@ -8,19 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from ltxforge.dataset import encode
+from ltxforge.dataset import cached, encode
 from ltxforge.dataset.cache import Cache
 from ltxforge.durable import file_digest
 from ltxforge.errors import DataError, Stopped
 from ltxforge.events import ClipJudged, PhaseAdvanced
 from ltxforge.media import demo
 from ltxforge.media.decode import decode
+from ltxforge.models.interface import WantedPrompt
 from ltxforge.models.load import load_model
 from ltxforge.plan import CachePlan, DataPlan, PromptPlan, SamplePlan, ValidationPlan
 from ltxforge.shapes import ClipShape
 from ltxforge.signals import StopRequest
 
 SHAPE = ClipShape(64, 64, 9)
+RED_DISC = WantedPrompt("a red_disc")
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +65,9 @@ def test_entries_are_what_the_model_gives(world):
             expected = model.encode_clip(torch.from_numpy(decode(Path(item.sample.path), times, (64, 64))))
         entry = cache.read("latents", item.latents_key)
         assert torch.equal(entry.tensors["mean"], expected.mean) and "std" not in entry.tensors
-    with model.text_encoder():
-        prompt = model.encode_prompts(["a red_disc"], 32)[0]
-    assert torch.equal(encode.read_prompt(plan, cache, "a red_disc", model.text_dtype).embeds, prompt.embeds)
+    (prompt,) = model.encode_prompts([RED_DISC], 32)
+    kept = cached.read_prompt(plan, cache, RED_DISC, model.text_dtype)
+    assert torch.equal(kept.tensors["embeds"], prompt.tensors["embeds"]) and kept.tokens == prompt.tokens
 
 
 def test_nothing_is_made_twice_and_nothing_is_loaded_when_nothing_is_missing(world):
@@ -74,9 +76,12 @@ def test_nothing_is_made_twice_and_nothing_is_loaded_when_nothing_is_missing(wor
     before = written(cache)
 
     class Bare:
-        """Only the dtypes: any attempt to load an encoder is an AttributeError."""
+        """Only the dtypes: any attempt to load an encoder is an error."""
 
         vae_dtype, text_dtype = model.vae_dtype, model.text_dtype
+
+        def vae(self):
+            raise AssertionError("the VAE was loaded")
 
     again = encode.fill(plan, Bare(), cache, events.append, StopRequest())
     assert again == first and written(cache) == before
@@ -109,11 +114,11 @@ def test_only_the_damaged_entry_is_made_again(world):
 def test_every_input_of_the_latents_is_in_their_key(tiny_plan, change):
     sample = tiny_plan.data.samples[0]
     changed = change(tiny_plan)
-    before = encode.latents_key(tiny_plan, sample, torch.float32)
-    assert before != encode.latents_key(changed, changed.data.samples[0], torch.float32)
-    assert before != encode.latents_key(tiny_plan, sample, torch.bfloat16)
+    before = cached.latents_key(tiny_plan, sample, torch.float32)
+    assert before != cached.latents_key(changed, changed.data.samples[0], torch.float32)
+    assert before != cached.latents_key(tiny_plan, sample, torch.bfloat16)
     moved = dataclasses.replace(sample, path="/elsewhere", caption="other", repeats=9, dataset="other")
-    assert before == encode.latents_key(tiny_plan, moved, torch.float32)
+    assert before == cached.latents_key(tiny_plan, moved, torch.float32)
 
 
 def with_part(plan, name):
@@ -131,18 +136,22 @@ def with_sample(plan, **changes):
 
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer"])
 def test_every_input_of_a_prompt_is_in_its_key(tiny_plan, part):
-    before = encode.prompt_key(tiny_plan, "a", torch.float32)
+    key = cached.prompt_key
+    wanted = WantedPrompt("a")
     longer = dataclasses.replace(tiny_plan.conditioning, prompt_tokens=33)
     others = [
-        encode.prompt_key(with_part(tiny_plan, part), "a", torch.float32),
-        encode.prompt_key(dataclasses.replace(tiny_plan, conditioning=longer), "a", torch.float32),
-        encode.prompt_key(tiny_plan, "b", torch.float32),
-        encode.prompt_key(tiny_plan, "a", torch.bfloat16),
-        encode.prompt_key(
-            dataclasses.replace(tiny_plan, model=dataclasses.replace(tiny_plan.model, rope="plain")), "a", torch.float32
+        key(with_part(tiny_plan, part), wanted, torch.float32),
+        key(dataclasses.replace(tiny_plan, conditioning=longer), wanted, torch.float32),
+        key(tiny_plan, WantedPrompt("b"), torch.float32),
+        key(tiny_plan, WantedPrompt("a", "both"), torch.float32),
+        key(tiny_plan, wanted, torch.bfloat16),
+        key(
+            dataclasses.replace(tiny_plan, model=dataclasses.replace(tiny_plan.model, rope="plain")),
+            wanted,
+            torch.float32,
         ),
     ]
-    assert before not in others
+    assert key(tiny_plan, wanted, torch.float32) not in others
 
 
 def test_a_stop_keeps_what_is_made_and_goes_on_later(world):
@@ -187,7 +196,7 @@ def test_a_clip_that_changes_during_caching_is_never_cached_under_its_old_name(w
     assert [item.sample.path for item in data.samples] == [plan.data.samples[2].path]
     verdict = next(e for e in events if isinstance(e, ClipJudged))
     assert verdict.verdict == "rejected" and "changed since it was scanned" in verdict.reason
-    assert cache.read("latents", encode.latents_key(changed, sample, model.vae_dtype)) is None
+    assert cache.read("latents", cached.latents_key(changed, sample, model.vae_dtype)) is None
 
 
 def test_nothing_left_is_an_error(world, tmp_path):
@@ -204,10 +213,11 @@ def test_validation_texts_are_cached_too(world):
         PromptPlan("b", "unguided", "unused", "", SHAPE, 25.0, 2, 1.0, 1),
     )
     validated = dataclasses.replace(plan, validation=ValidationPlan(1, True, prompts))
-    assert encode.validation_captions(validated) == {"guided", "no blur", "unguided"}
+    assert cached.validation_prompts(validated) == {WantedPrompt(text) for text in ("guided", "no blur", "unguided")}
     encode.fill(validated, model, cache, events.append, StopRequest())
     for text in ("guided", "no blur", "unguided", ""):
-        assert encode.read_prompt(validated, cache, text, model.text_dtype).embeds.shape[0] >= 1
+        kept = cached.read_prompt(validated, cache, WantedPrompt(text), model.text_dtype)
+        assert len(kept.tensors["embeds"]) == kept.tokens >= 1
 
 
 def test_a_damaged_entry_during_training_is_an_error_and_never_trained_on(world):
@@ -215,10 +225,10 @@ def test_a_damaged_entry_during_training_is_an_error_and_never_trained_on(world)
     data = fill(world)
     cache.path("latents", data.samples[0].latents_key).write_bytes(b"")
     with pytest.raises(DataError, match="Start the same command again"):
-        encode.read(cache, "latents", data.samples[0].latents_key)
+        cached.read(cache, "latents", data.samples[0].latents_key)
 
 
-# Guards of LATENTS_VERSION = 1 and PROMPTS_VERSION = 1: whoever changes how clips or captions are encoded changes these
+# Guards of LATENTS_VERSION = 1 and PROMPTS_VERSION = 2: whoever changes how clips or captions are encoded changes these
 # numbers, and must raise the version so that old cache entries are not used. Means of absolute values; CPUs differ in
 # the last digits.
 GOLDEN_LATENTS = {0: 0.866169, 2: 0.949558}
@@ -228,9 +238,9 @@ GOLDEN_PROMPT = 0.803852
 def test_the_meaning_of_an_encoding_changes_only_with_its_version(world):
     plan, model, cache, _ = world
     data = fill(world)
-    assert (encode.LATENTS_VERSION, encode.PROMPTS_VERSION) == (1, 1)
+    assert (cached.LATENTS_VERSION, cached.PROMPTS_VERSION) == (1, 2)
     for index, expected in GOLDEN_LATENTS.items():
         mean = cache.read("latents", data.samples[index].latents_key).tensors["mean"]
         assert mean.abs().mean().item() == pytest.approx(expected, rel=1e-3)
-    embeds = encode.read_prompt(plan, cache, "a red_disc", model.text_dtype).embeds
+    embeds = cached.read_prompt(plan, cache, RED_DISC, model.text_dtype).tensors["embeds"]
     assert embeds.abs().mean().item() == pytest.approx(GOLDEN_PROMPT, rel=1e-4)

@@ -14,7 +14,7 @@ from ltxforge import digests
 from ltxforge.dataset import scan as scanning
 from ltxforge.dataset.scan import Clip, enforce_max_rejected, scan
 from ltxforge.errors import DataError, PlanError, RunError, Stopped
-from ltxforge.events import ClipJudged, Event, PhaseAdvanced, PhaseEnded, PhaseStarted
+from ltxforge.events import ClipJudged, Event, Note, PhaseAdvanced, PhaseEnded, PhaseStarted
 from ltxforge.media import demo
 from ltxforge.media.probe import ProbeError
 from ltxforge.signals import StopRequest
@@ -196,6 +196,102 @@ def test_an_unwritable_memo_is_not_the_clips_fault(folder: Path, tmp_path: Path)
         look(folder, memo_directory=tmp_path / "memo")
 
 
+# Of the built-in clips red_disc and blue_square have a track of their own, two_discs has none.
+
+
+@pytest.fixture
+def sounds(rendered: Path, folder: Path) -> Path:
+    """Two good clips with sound, one without."""
+    for suffix in (".mp4", ".txt"):
+        shutil.copy(rendered / f"two_discs{suffix}", folder / f"two_discs{suffix}")
+    return folder
+
+
+def test_sound_is_looked_for_only_where_it_is_trained(sounds: Path) -> None:
+    (sounds / "red_disc.wav").write_text("no sound", encoding="utf-8")
+    assert {(clip.verdict, clip.sound) for clip in look(sounds).values()} == {("ok", "")}
+
+
+def test_a_file_beside_the_clip_wins_over_its_own_track(sounds: Path, make_wav) -> None:
+    beside = make_wav(sounds / "red_disc.wav", [(2.0, 0.5)])
+    digest = hashlib.sha256(beside.read_bytes()).hexdigest()
+    for modalities in ("both", "audio"):
+        clips = look(sounds, modalities=modalities)
+        assert clips["red_disc.mp4"].sound == digest and clips["blue_square.mp4"].sound == "own"
+        assert clips["red_disc.mp4"].verdict == clips["blue_square.mp4"].verdict == "ok"
+
+
+def test_a_clip_without_sound_is_used_or_dropped(sounds: Path) -> None:
+    events: list[Event] = []
+    clip = look(sounds, events, modalities="both")["two_discs.mp4"]
+    assert (clip.verdict, clip.sound, clip.warnings) == ("ok", "", ())
+    assert [event.text for event in events if isinstance(event, Note)] == [
+        "1 of 3 clips have no sound and train their picture alone"
+    ]
+    clip = look(sounds, modalities="audio")["two_discs.mp4"]
+    assert clip.verdict == "dropped" and clip.reason.startswith("no sound")
+
+
+def test_a_broken_file_beside_a_clip_rejects_it(sounds: Path, make_wav) -> None:
+    (sounds / "red_disc.flac").write_text("no sound", encoding="utf-8")
+    (sounds / "blue_square.wav").touch()
+    make_wav(sounds / "two_discs.wav", [(0.0, 0.0)])
+    for modalities in ("both", "audio"):
+        clips = look(sounds, modalities=modalities)
+        assert {clip.verdict for clip in clips.values()} == {"rejected"}
+        for name, words in (
+            ("red_disc.flac", "repair it"),
+            ("blue_square.wav", "empty"),
+            ("two_discs.wav", "no sound"),
+        ):
+            reason = clips[f"{Path(name).stem}.mp4"].reason
+            assert name in reason and words in reason and "take it away" in reason, reason
+
+
+def test_a_track_that_cannot_be_decoded(sounds: Path) -> None:
+    path = sounds / "red_disc.mp4"
+    content = path.read_bytes()
+    assert content.count(b"mp4a") == content.count(b"esds") == 1  # both name its codec
+    path.write_bytes(content.replace(b"mp4a", b"zzzz").replace(b"esds", b"free"))
+    clip = look(sounds, modalities="both")["red_disc.mp4"]
+    assert (clip.verdict, clip.sound) == ("ok", "") and "codec is unknown" in clip.warnings[0]
+    clip = look(sounds, modalities="audio")["red_disc.mp4"]
+    assert clip.verdict == "rejected" and "codec is unknown" in clip.reason
+
+
+def test_the_same_picture_with_another_sound_is_another_clip(sounds: Path, make_wav) -> None:
+    for suffix in (".mp4", ".txt"):
+        shutil.copy(sounds / f"red_disc{suffix}", sounds / f"zz_other{suffix}")
+    make_wav(sounds / "zz_other.wav", [(2.0, 0.5)])
+    assert look(sounds)["zz_other.mp4"].verdict == "dropped"
+    assert look(sounds, modalities="both")["zz_other.mp4"].verdict == "ok"
+
+
+def test_sound_alone_asks_nothing_of_the_picture(sounds: Path) -> None:
+    large = {"resolution": (1024, 512), "buckets": "aspect"}
+    assert look(sounds, **large)["red_disc.mp4"].verdict == "dropped"
+    clips = look(sounds, modalities="audio", **large)
+    assert (clips["red_disc.mp4"].verdict, str(clips["red_disc.mp4"].shape)) == ("ok", "1024x512x17")
+    assert look(sounds, modalities="audio", frames=57)["red_disc.mp4"].reason.startswith("too short")
+
+
+def test_a_sound_file_that_passed_is_not_tried_again(sounds: Path, tmp_path: Path, make_wav, monkeypatch) -> None:
+    beside = make_wav(sounds / "red_disc.wav", [(2.0, 0.5)])
+    age(sounds)
+    rules = {"memo_directory": tmp_path / "memo", "modalities": "both"}
+    first = look(sounds, **rules)
+
+    def must_not(*_arguments: object) -> None:
+        raise AssertionError("asked again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scanning, "require_sound", must_not)
+        patch.setattr(digests, "file_digest", must_not)
+        assert look(sounds, **rules) == first
+    beside.write_text("no sound any more", encoding="utf-8")
+    assert look(sounds, **rules)["red_disc.mp4"].verdict == "rejected"
+
+
 def verdicts(*words: str) -> list[Clip]:
     return [Clip(Path(f"{n}.mp4"), f"{n}.mp4", verdict=word, reason="why") for n, word in enumerate(words)]
 
@@ -227,6 +323,16 @@ def test_real_clips(test_data: Path) -> None:
     counted = {"bee": 121, "cars_12fps": 75, "city_night": 190, "crystal": 359, "dog_phone": 41, "station_60fps": 300}
     for stem, count in counted.items():
         assert len(next(clip for name, clip in clips.items() if name.startswith(stem)).probe.timestamps) == count
+    assert fingerprint(test_data / "clips") == before
+
+
+def test_sound_of_real_clips(test_data: Path) -> None:
+    before = fingerprint(test_data / "clips")
+    silent = {"cars_12fps.mp4", "city_night.mpg", "sign_thanks.mkv", "sign_walk.mkv"}  # README's column
+    both, alone = (look(test_data / "clips", modalities=modalities) for modalities in ("both", "audio"))
+    assert {name for name, clip in both.items() if not clip.sound} == silent
+    assert {name for name, clip in alone.items() if clip.verdict == "dropped"} == silent
+    assert alone["roof_portrait_hdr.mp4"].verdict == "ok", "its picture is not trained"
     assert fingerprint(test_data / "clips") == before
 
 
