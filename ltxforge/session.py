@@ -45,7 +45,8 @@ def open_session(
 ) -> Session:
     """Load the transformer, put the adapter in and go back to the newest checkpoint."""
     model.load_transformer()
-    report = inject(model.transformer, plan.lora, match(plan.lora.targets, model.spec), plan.seed)
+    matched = match(plan.lora.targets, model.spec, plan.lora.modalities, plan.training.modalities)
+    report = inject(model.transformer, plan.lora, matched, plan.seed)
     emit(LoraInjected(dataclasses.asdict(report)))
     model.set_checkpointing(plan.memory.checkpointing)
     model.transformer.train()
@@ -104,6 +105,7 @@ class Session:
             )
             self.emit(PhaseEnded("train", time.monotonic() - began))
         outcome = "stopped" if step < self.plan.steps else "finished"
+        self.report_sound(step)
         if step > self.saved:
             self.save(step)
         if step > self.start or not self.home.loss_curve.exists():
@@ -114,6 +116,12 @@ class Session:
                 self.stop.signal_number, f"{outcome} at step {step} of {self.plan.steps}",
                 remedy="Start the same command again to continue." if outcome == "stopped" else "",
             )  # fmt: skip
+
+    def report_sound(self, step: int) -> None:
+        """How many steps until now had sound to train on, where sound is trained."""
+        if self.plan.audio is not None and step:
+            heard = self.batches.steps_with_sound(1, step)
+            self.emit(Note(f"{heard} of {step} steps trained sound", "info" if heard else "warning"))
 
     def after_step(self, step: int) -> None:
         """What follows an update: saving first, so that a fault in sampling costs nothing."""
@@ -147,7 +155,8 @@ class Session:
             {
                 "name": plan.name, "base": plan.model.base, "version": plan.model.version, "step": step,
                 "rank": lora.rank, "alpha": lora.alpha, "rslora": lora.rslora, "alpha_folded": True,
-                "targets": lora.targets, "plan": plan.identity_digest(), "ltxforge": __version__,
+                "targets": lora.targets, "modalities": lora.modalities, "trained": plan.training.modalities,
+                "plan": plan.identity_digest(), "ltxforge": __version__,
                 "shapes": [str(bucket.shape) for bucket in plan.data.buckets],
             }
         )  # fmt: skip

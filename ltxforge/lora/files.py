@@ -2,7 +2,8 @@
 
 diffusers takes alpha = rank where no metadata says otherwise and rejects `.alpha` keys; Lightricks' loader applies no
 alpha at all; ComfyUI takes 1.0 when there is none. With the scale folded into B all three compute the same product.
-Keys: `diffusion_model.<module>.lora_A.weight` [R, in] and `.lora_B.weight` [out, R].
+Keys: `diffusion_model.<module>.lora_A.weight` [R, in] and `.lora_B.weight` [out, R]. Only what was trained is in it: no
+layer of a modality that was left out, and never LTX-2's connectors.
 """
 
 from __future__ import annotations
@@ -16,9 +17,16 @@ from torch import Tensor
 
 from ltxforge.durable import staged_file
 from ltxforge.hardware import torch_dtype
-from ltxforge.lora.targets import original_name
+from ltxforge.lora.layers import original_name
+from ltxforge.specs import SPECS
 
 PREFIX = "diffusion_model."
+# What file managers are told of each family: the architecture, completed by the version, and whose code it is.
+ARCHITECTURES = {"ltx-video": "ltx-video-{}", "ltx-2": "ltx-{}"}
+IMPLEMENTATIONS = {
+    "ltx-video": "https://github.com/Lightricks/LTX-Video",
+    "ltx-2": "https://github.com/Lightricks/LTX-2",
+}
 
 
 def to_file_tensors(adapter: Mapping[str, Tensor], scaling: float, precision: str) -> dict[str, Tensor]:
@@ -49,13 +57,18 @@ def export(path: Path, adapter: Mapping[str, Tensor], scaling: float, precision:
     return path.stat().st_size
 
 
-def provenance(plan_facts: Mapping[str, object]) -> dict[str, str]:
-    """Metadata entries: `modelspec.*` for file managers, `ltxforge` with the rest as JSON."""
-    title, architecture = str(plan_facts["name"]), str(plan_facts["version"])
+def provenance(facts: Mapping[str, object]) -> dict[str, str]:
+    """Metadata entries: `modelspec.*` for file managers, `ltxforge` with all facts as JSON.
+
+    Args:
+        facts: at least the run's `name` and the base's `version`; `lora/header.py` reads the latter back.
+    """
+    version = str(facts["version"])
+    family = SPECS[version].family
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"ltx-video-{architecture}/lora",
-        "modelspec.implementation": "https://github.com/Lightricks/LTX-Video",
-        "modelspec.title": title,
-        "ltxforge": json.dumps(dict(plan_facts), sort_keys=True),
+        "modelspec.architecture": f"{ARCHITECTURES[family].format(version)}/lora",
+        "modelspec.implementation": IMPLEMENTATIONS[family],
+        "modelspec.title": str(facts["name"]),
+        "ltxforge": json.dumps(dict(facts), sort_keys=True),
     }

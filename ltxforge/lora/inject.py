@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ltxforge.lora.linear import LoraLinear
-from ltxforge.lora.targets import Match, unread
+from ltxforge.lora.targets import Match
 from ltxforge.plan import LoraPlan
 from ltxforge.randomness import address
 
@@ -60,7 +60,7 @@ def inject(transformer: nn.Module, plan: LoraPlan, matched: Match, seed: int) ->
         by_target=matched.by_target,
         parameters=parameters,
         file_bytes=parameters * (4 if plan.save_precision == "fp32" else 2),
-        unread=unread(wrapped),
+        unread=matched.unread,
     )
 
 
