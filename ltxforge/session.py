@@ -44,16 +44,21 @@ def open_session(
     plan: Plan, model: VideoModel, cache: Cache, data: CachedData, attempt: int, emit: Emit, stop: StopRequest
 ) -> Session:
     """Load the transformer, put the adapter in and go back to the newest checkpoint."""
+    optimizer = make_trainable(plan, model, emit)
+    session = Session(plan, model, cache, Batches(plan, data, cache), optimizer, attempt, emit, stop)
+    session.restore()
+    return session
+
+
+def make_trainable(plan: Plan, model: VideoModel, emit: Emit) -> Optimizer:
+    """Load the transformer, put a fresh adapter in and give its optimiser."""
     model.load_transformer()
     matched = match(plan.lora.targets, model.spec, plan.lora.modalities, plan.training.modalities)
     report = inject(model.transformer, plan.lora, matched, plan.seed)
     emit(LoraInjected(dataclasses.asdict(report)))
     model.set_checkpointing(plan.memory.checkpointing)
     model.transformer.train()
-    optimizer = Optimizer(plan.optimizer, adapter_parameters(model.transformer))
-    session = Session(plan, model, cache, Batches(plan, data, cache), optimizer, attempt, emit, stop)
-    session.restore()
-    return session
+    return Optimizer(plan.optimizer, adapter_parameters(model.transformer))
 
 
 @dataclass

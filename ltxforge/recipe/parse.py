@@ -58,14 +58,18 @@ class Parsed:
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Parsed:
     """Read and parse a recipe file. Raises RecipeError with every problem, a file that cannot be read included."""
+    return parse(text_of(path), os.fspath(path), overrides)
+
+
+def text_of(path: str | os.PathLike[str]) -> str:
+    """A TOML file's text. Raises RecipeError if it cannot be read."""
     name = os.fspath(path)
     try:
-        text = decode(_read(Path(path)), name)
+        return decode(_read(Path(path)), name)
     except NotToml as error:
-        raise _refusal([error.problem]) from None
+        raise refusal([error.problem]) from None
     except OSError as error:
-        raise _refusal([_unreadable(Path(path), name, error)]) from None
-    return parse(text, name, overrides)
+        raise refusal([_unreadable(Path(path), name, error)]) from None
 
 
 def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Parsed:
@@ -83,13 +87,13 @@ def parse(text: str, name: str, overrides: Sequence[str] = ()) -> Parsed:
     try:
         data, places = read_toml(source)
     except NotToml as error:
-        raise _refusal([error.problem]) from None
+        raise refusal([error.problem]) from None
     problems = [problem for argument in overrides for problem in _override(argument, data, places)]
     verdict = judge(data)
     faults = [*verdict.faults, *break_rules(verdict.recipe, verdict.unjudged)]
-    problems += sorted((_locate(fault, places, source) for fault in faults), key=_order)
+    problems += located(faults, places, source)
     if any(problem.level == "error" for problem in problems):
-        raise _refusal(problems)
+        raise refusal(problems)
     said = list(_said(verdict.recipe))
     overridden = [key for key in said if places[key].source is not source]
     return Parsed(
@@ -143,6 +147,11 @@ def _names(keys: Iterable[Key]) -> frozenset[str]:
     return frozenset(map(dotted, keys))
 
 
+def located(faults: Iterable[Fault], places: dict[Key, Place], source: Source) -> list[Problem]:
+    """The faults as problems with their places, in the order of the text."""
+    return sorted((_locate(fault, places, source) for fault in faults), key=_order)
+
+
 def _locate(fault: Fault, places: dict[Key, Place], source: Source) -> Problem:
     """Give a fault its place: the key's, else that of the table around it, else the end of the file."""
     for depth in range(len(fault.key), 0, -1):
@@ -180,7 +189,8 @@ def _order(problem: Problem) -> tuple[bool, int, int]:
     return problem.line == 0, problem.line, problem.column
 
 
-def _refusal(problems: Sequence[Problem]) -> RecipeError:
+def refusal(problems: Sequence[Problem]) -> RecipeError:
+    """The error that reports these problems, the first fifty in full."""
     shown = list(problems[:MOST_SHOWN])
     report = render(shown)
     if len(problems) > len(shown):
