@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +20,8 @@ from ltxforge.media.decode import DecodeError, read_image
 from ltxforge.models.detect import plan_model
 from ltxforge.models.sources import spec_of
 from ltxforge.plan import ModelPlan, Plan
-from ltxforge.planner import Facts
+from ltxforge.planner import Facts, modalities_of
+from ltxforge.recipe.model_rules import SOUND_PARTS
 from ltxforge.recipe.parse import Parsed
 from ltxforge.recipe.rules import BUILTIN_DATASETS, dataset_id
 from ltxforge.recipe.schema import Dataset, Recipe, parse_size
@@ -67,7 +69,10 @@ def gather(parsed: Parsed, where: Places, previous: Plan | None, emit: Emit, sto
 
     model = attempt(lambda: _model(recipe, where.memo))
     spec = spec_of(model) if model else None
-    clips = [(d, attempt(lambda d=d: _clips(d, spec, where, emit, stop))) for d in recipe.dataset if d.enabled]
+    # Without a model, clips are judged as if for video: whatever else is missing must still be told.
+    modalities = attempt(lambda: modalities_of(recipe, spec)) if spec else None
+    judge = partial(_clips, spec=spec, modalities=modalities or "video", where=where, emit=emit, stop=stop)
+    clips = [(d, attempt(lambda d=d: judge(d))) for d in recipe.dataset if d.enabled]
     library = attempt(lambda: _library(recipe))
     _require_images(recipe, library or [], missing)
     if missing or model is None or spec is None:
@@ -92,17 +97,20 @@ def _model(recipe: Recipe, memo: Path) -> ModelPlan:
     return plan_model(
         base=model.base, version=model.version, rope=model.rope, transformer=model.transformer, vae=model.vae,
         text_encoder=model.text_encoder, memo_directory=memo,
+        **{name: source for name in SOUND_PARTS if (source := getattr(model, name))},
     )  # fmt: skip
 
 
-def _clips(dataset: Dataset, spec: ModelSpec | None, where: Places, emit: Emit, stop: StopRequest) -> list[Clip]:
+def _clips(
+    dataset: Dataset, *, spec: ModelSpec | None, modalities: str, where: Places, emit: Emit, stop: StopRequest
+) -> list[Clip]:  # fmt: skip
     is_demo = dataset.path in BUILTIN_DATASETS
     folder = demo.render(where.cache / "builtin" / "shapes") if is_demo else Path(dataset.path)
     return scan(
         folder.expanduser(), dataset_id=dataset_id(dataset), resolution=parse_size(dataset.resolution),
         frames=dataset.frames, fps=dataset.fps or (spec.default_fps if spec else 25.0), windows=dataset.windows,
         buckets=dataset.buckets, max_upscale=dataset.max_upscale,
-        factors=(spec.spatial_factor, spec.temporal_factor) if spec else (32, 8),
+        factors=(spec.spatial_factor, spec.temporal_factor) if spec else (32, 8), modalities=modalities,
         emit=emit, stop=stop, memo_directory=where.memo, leave_out=(where.run, where.cache),
     )  # fmt: skip
 

@@ -104,3 +104,9 @@ class ModelSpec:
         config = self.connectors_config or {}
         counts = (config.get(f"{name}_connector_num_learnable_registers") or 1 for name in ("video", "audio"))
         return math.lcm(*counts)
+
+    @property
+    def audio_latents_per_second(self) -> float:
+        """25 for all published versions. Only where `has_audio`."""
+        config = self.transformer_config
+        return config["audio_sampling_rate"] / config["audio_hop_length"] / config["audio_scale_factor"]

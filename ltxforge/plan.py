@@ -87,8 +87,9 @@ class DevicePlan:
 class BucketPlan:
     """Samples of one size and rate. `samples` counts windows times repeats, `tokens` is the sequence length T.
 
-    `audio_tokens` is the sound's sequence length L, 0 where no sound is trained; `with_sound` counts the samples that
-    have a sound track to train on.
+    `audio_tokens` is the sound's sequence length L. Either is 0 where that modality is not trained. `with_sound` counts
+    the samples that have a sound track to train on. `video_bytes` and `audio_bytes` are what one sample's latents weigh
+    in the cache.
     """
 
     shape: ClipShape
@@ -97,6 +98,8 @@ class BucketPlan:
     samples: int
     audio_tokens: int = 0
     with_sound: int = 0
+    video_bytes: int = free(default=0)
+    audio_bytes: int = free(default=0)
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,10 @@ class DataPlan:
     def samples_per_epoch(self) -> int:
         """Windows seen in one epoch, repeats included."""
         return sum(sample.repeats for sample in self.samples)
+
+    def batches_per_epoch(self, batch_size: int) -> int:
+        """Micro-batches in one epoch: each bucket's samples, cut into batches of equal shape."""
+        return sum(math.ceil(bucket.samples / batch_size) for bucket in self.buckets)
 
 
 @dataclass(frozen=True)
@@ -280,8 +287,8 @@ class ValidationPlan:
 class Estimates:
     """What the plan can know before anything runs. Bytes.
 
-    `caption_bytes` is what one caption weighs in the cache as the plan keeps it, at its longest; `text_bytes` the same
-    for each choice of `CachePlan.text`, empty for a model without connectors.
+    `caption_bytes` is what one caption weighs in the cache as the plan keeps it; `text_bytes` the same for each choice
+    of `CachePlan.text`, empty for a model without connectors. See `estimates.caption_bytes` for what is guessed.
     """
 
     cache_bytes: int = 0

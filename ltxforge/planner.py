@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ltxforge.errors import PlanError
-from ltxforge.lora.targets import match, unread
+from ltxforge.estimates import estimate, sample_bytes
+from ltxforge.lora.targets import match
+from ltxforge.modalities import has
 from ltxforge.plan import (
+    AudioPlan,
     BucketPlan,
     CachePlan,
     CheckpointPlan,
     ConditioningPlan,
     DataPlan,
     DevicePlan,
-    Estimates,
     FlowPlan,
     LoraPlan,
     MemoryPlan,
@@ -32,10 +34,11 @@ from ltxforge.plan import (
     SamplePlan,
     TrainingPlan,
     ValidationPlan,
-    learning_rate_at,
 )
+from ltxforge.plan_notes import notes_on
+from ltxforge.recipe.model_rules import LTX2_SAMPLING, SOUND_PARTS, family_named
 from ltxforge.recipe.rules import dataset_id
-from ltxforge.recipe.schema import Dataset, Prompt, Recipe, parse_size
+from ltxforge.recipe.schema import Dataset, Prompt, Recipe, Validation, parse_size
 from ltxforge.shapes import ClipShape
 from ltxforge.specs import ModelSpec
 
@@ -71,13 +74,13 @@ class Facts:
 
 def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     """Decide every number. Raises PlanError when there is nothing to train on or nothing to train."""
-    data = _data(recipe, facts)
-    per_epoch = batches_per_epoch(data, recipe.training.batch_size) / recipe.training.accumulate
+    spec, modalities = facts.spec, modalities_of(recipe, facts.spec)
+    data = _data(recipe, facts, modalities)
+    per_epoch = data.batches_per_epoch(recipe.training.batch_size) / recipe.training.accumulate
     steps = recipe.run.steps or max(1, math.ceil((recipe.run.epochs or 1) * per_epoch))
-    lora, optimizer = _lora(recipe), _optimizer(recipe, facts.hardware, steps, facts.previous)
-    prompt_tokens = recipe.conditioning.prompt_tokens or facts.spec.default_prompt_tokens
+    optimizer = _optimizer(recipe, facts.hardware, steps, facts.previous)
     every = recipe.checkpoint.every or min(250, steps)
-    return Plan(
+    plan = Plan(
         name=facts.name,
         seed=recipe.run.seed,
         steps=steps,
@@ -85,57 +88,114 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         model=facts.model,
         device=_device(recipe, facts.hardware, facts.previous),
         data=data,
-        cache=CachePlan(facts.cache_directory, recipe.cache.latents),
-        flow=_flow(recipe),
-        conditioning=ConditioningPlan(
-            recipe.conditioning.first_frame, recipe.conditioning.caption_dropout, prompt_tokens
+        cache=CachePlan(
+            facts.cache_directory,
+            recipe.cache.latents,
+            recipe.cache.text_cache if spec.connectors_config else "connectors",
         ),
-        lora=lora,
+        flow=_flow(recipe),
+        conditioning=_conditioning(recipe, spec),
+        lora=_lora(recipe, modalities),
         optimizer=optimizer,
-        training=_training(recipe),
+        training=_training(recipe, modalities),
         memory=MemoryPlan(_checkpointing(recipe, facts.hardware)),
         checkpoint=CheckpointPlan(every, recipe.checkpoint.keep),
         validation=_validation(recipe, facts, every),
         directory=facts.directory,
         resume=recipe.run.resume,
-        estimates=_estimates(recipe, facts, data, lora, prompt_tokens),
-        notes=_notes(recipe, facts, data, optimizer, steps),
+        audio=AudioPlan(recipe.audio.sigma, recipe.audio.loss_weight) if has(modalities, "audio") else None,
         origins=_origins(recipe, facts),
+    )
+    matched = match(plan.lora.targets, spec, plan.lora.modalities, modalities)
+    return replace(
+        plan,
+        estimates=estimate(plan, spec, matched.parameters(plan.lora.rank)),
+        notes=(*facts.warnings, *facts.hardware.missing, *notes_on(plan, spec, matched, _unread(recipe, facts))),
     )
 
 
-def batches_per_epoch(data: DataPlan, batch_size: int) -> int:
-    """Micro-batches in one epoch: each bucket's samples, cut into batches of equal shape."""
-    return sum(math.ceil(bucket.samples / batch_size) for bucket in data.buckets)
+def modalities_of(recipe: Recipe, spec: ModelSpec) -> str:
+    """What is trained: "video", "audio" or "both"; by default all that the model makes.
+
+    Raises PlanError for sound of a model that makes none.
+    """
+    said = recipe.training.modalities
+    if said is not None and has(said, "audio") and not spec.has_audio:
+        raise PlanError(
+            f'training.modalities = "{said}", but {spec.version} makes no sound', where=recipe.model.base,
+            remedy="Leave it out, or take an LTX-2 base.",
+        )  # fmt: skip
+    return said or ("both" if spec.has_audio else "video")
 
 
-def _data(recipe: Recipe, facts: Facts) -> DataPlan:
+def _data(recipe: Recipe, facts: Facts, modalities: str) -> DataPlan:
+    hears = has(modalities, "audio")
     samples = [
         SamplePlan(
             dataset=dataset_id(dataset), clip=clip.digest, path=str(clip.path), caption=clip.caption,
             shape=clip.shape, fps=dataset.fps or facts.spec.default_fps, start_seconds=start, repeats=dataset.repeats,
+            sound=clip.sound if hears else "",
         )
         for dataset, clips in facts.clips
         for clip in clips
         if clip.verdict == "ok" and clip.shape is not None
         for start in clip.starts
     ]  # fmt: skip
+    _require_samples(samples, facts, modalities)
+    # By content first: names and places of folders must not decide the order of what is otherwise the same.
+    samples.sort(key=lambda s: (s.clip, s.shape, s.fps, s.start_seconds, s.caption, s.repeats, s.dataset, s.path))
+    of_bucket: dict[tuple[ClipShape, float], list[SamplePlan]] = {}
+    for sample in samples:
+        of_bucket.setdefault((sample.shape, sample.fps), []).append(sample)
+    buckets = tuple(
+        _bucket(shape, fps, of_bucket[shape, fps], facts.spec, modalities, recipe.cache.latents)
+        for shape, fps in sorted(of_bucket)
+    )
+    return DataPlan(tuple(samples), buckets, recipe.run.max_rejected)
+
+
+def _require_samples(samples: Sequence[SamplePlan], facts: Facts, modalities: str) -> None:
+    folders = ", ".join(dataset.path for dataset, _ in facts.clips)
+    if modalities == "audio" and not any(sample.sound for sample in samples):
+        raise PlanError(
+            'training.modalities = "audio", but no usable clip has sound, so there is nothing to train on',
+            where=folders,
+            remedy="The verdict of each clip says why. Sound is read from the clip or from a sound file beside it.",
+        )
     if not samples:
-        folders = ", ".join(dataset.path for dataset, _ in facts.clips)
         raise PlanError(
             "no usable clip, so there is nothing to train on", where=folders,
             remedy="The verdict of each clip says why. Shorter `frames` or a smaller `resolution` let more clips in.",
         )  # fmt: skip
-    # By content first: names and places of folders must not decide the order of what is otherwise the same.
-    samples.sort(key=lambda s: (s.clip, s.shape, s.fps, s.start_seconds, s.caption, s.repeats, s.dataset, s.path))
-    counts: dict[tuple[ClipShape, float], int] = {}
-    for sample in samples:
-        counts[sample.shape, sample.fps] = counts.get((sample.shape, sample.fps), 0) + sample.repeats
-    factors = facts.spec.spatial_factor, facts.spec.temporal_factor
-    buckets = tuple(
-        BucketPlan(shape, fps, shape.latent(*factors).tokens, count) for (shape, fps), count in sorted(counts.items())
-    )
-    return DataPlan(tuple(samples), buckets, recipe.run.max_rejected)
+
+
+def _bucket(
+    shape: ClipShape, fps: float, samples: Sequence[SamplePlan], spec: ModelSpec, modalities: str, latents: str
+) -> BucketPlan:  # fmt: skip
+    tokens = audio_tokens = audio_channels = 0
+    if has(modalities, "video"):
+        tokens = shape.latent(spec.spatial_factor, spec.temporal_factor).tokens
+    if has(modalities, "audio"):
+        audio_tokens = max(1, round(shape.frames / fps * spec.audio_latents_per_second))
+        audio_channels = spec.transformer_config["audio_in_channels"]
+    return BucketPlan(
+        shape, fps, tokens, sum(sample.repeats for sample in samples), audio_tokens,
+        with_sound=sum(sample.repeats for sample in samples if sample.sound),
+        video_bytes=sample_bytes(tokens, spec.latent_channels, latents),
+        audio_bytes=sample_bytes(audio_tokens, audio_channels, latents),
+    )  # fmt: skip
+
+
+def _conditioning(recipe: Recipe, spec: ModelSpec) -> ConditioningPlan:
+    conditioning = recipe.conditioning
+    tokens = conditioning.prompt_tokens or spec.default_prompt_tokens
+    if rest := tokens % spec.prompt_multiple:
+        legal = [count for count in (tokens - rest, tokens - rest + spec.prompt_multiple) if count]
+        raise PlanError(
+            f"conditioning.prompt_tokens = {tokens} is no multiple of the connectors' {spec.prompt_multiple} registers",
+            remedy=f"Nearest: {' or '.join(map(str, legal))}. The version's own is {spec.default_prompt_tokens}.",
+        )
+    return ConditioningPlan(conditioning.first_frame, conditioning.caption_dropout, tokens)
 
 
 def _device(recipe: Recipe, hardware: Hardware, previous: Plan | None) -> DevicePlan:
@@ -170,11 +230,12 @@ def _flow(recipe: Recipe) -> FlowPlan:
     return FlowPlan(flow.sigma, shift, stretched, fraction)
 
 
-def _lora(recipe: Recipe) -> LoraPlan:
+def _lora(recipe: Recipe, modalities: str) -> LoraPlan:
     lora = recipe.lora
     return LoraPlan(
         rank=lora.rank, alpha=float(lora.rank if lora.alpha is None else lora.alpha), dropout=lora.dropout,
         rslora=lora.rslora, targets=tuple(lora.targets), save_precision=lora.save_precision,
+        modalities=lora.modalities or modalities,
     )  # fmt: skip
 
 
@@ -215,12 +276,12 @@ def _optimizer(recipe: Recipe, hardware: Hardware, steps: int, previous: Plan | 
     )  # fmt: skip
 
 
-def _training(recipe: Recipe) -> TrainingPlan:
+def _training(recipe: Recipe, modalities: str) -> TrainingPlan:
     training = recipe.training
     norm = training.clip_norm
     if norm is None and training.clip_value is None:
         norm = 1.0
-    return TrainingPlan(training.batch_size, training.accumulate, norm, training.clip_value)
+    return TrainingPlan(training.batch_size, training.accumulate, norm, training.clip_value, modalities)
 
 
 def _checkpointing(recipe: Recipe, hardware: Hardware) -> int:
@@ -248,6 +309,8 @@ def _validation(recipe: Recipe, facts: Facts, save_every: int) -> ValidationPlan
             remedy="A name becomes a file; rename one, in the recipe or in the library.",
         )
 
+    guided = _guidance(section, facts.spec)
+
     def planned(entry: Prompt) -> PromptPlan:
         width, height = parse_size(entry.resolution or section.resolution or first.resolution)
         return PromptPlan(
@@ -256,12 +319,39 @@ def _validation(recipe: Recipe, facts: Facts, save_every: int) -> ValidationPlan
             shape=ClipShape(width, height, entry.frames or section.frames or first.frames),
             fps=entry.fps or section.fps or first.fps or facts.spec.default_fps,
             steps=section.steps or facts.spec.sampling.steps,
-            guidance=section.guidance or facts.spec.sampling.guidance,
-            seed=section.seed if entry.seed is None else entry.seed,
+            seed=section.seed if entry.seed is None else entry.seed, **guided,
         )  # fmt: skip
 
     every = save_every if section.every is None else section.every
     return ValidationPlan(every, section.at_start, tuple(planned(entry) for entry in entries))
+
+
+def _guidance(section: Validation, spec: ModelSpec) -> dict[str, Any]:
+    """The part of a PromptPlan that steers sampling: what the recipe says, else the version's own."""
+    sampling = spec.sampling
+    guided: dict[str, Any] = {"guidance": section.guidance or sampling.guidance}
+    if not spec.has_audio:
+        return guided
+    stg = sampling.stg if section.stg is None else section.stg
+    return guided | {
+        "audio_guidance": section.audio_guidance or sampling.audio_guidance,
+        "stg": stg,
+        "stg_blocks": sampling.stg_blocks if stg else (),
+        "modality_guidance": section.modality_guidance or sampling.modality_guidance,
+        "rescale": sampling.rescale if section.rescale is None else section.rescale,
+        "frugal": section.frugal,
+    }
+
+
+def _unread(recipe: Recipe, facts: Facts) -> set[str]:
+    """Keys that the recipe says for nothing, because the weights turned out to make no sound.
+
+    Where the text names the family, `recipe/model_rules.py` has told already.
+    """
+    if facts.spec.has_audio or family_named(recipe.model):
+        return set()
+    keys = {f"model.{name}" for name in SOUND_PARTS} | {f"validation.{name}" for name in LTX2_SAMPLING}
+    return {key for key in facts.said if key in keys or key == "cache.text_cache" or key.startswith("audio.")}
 
 
 def _from_library(entry: PromptEntry) -> Prompt:
@@ -269,53 +359,6 @@ def _from_library(entry: PromptEntry) -> Prompt:
         name=entry.name, prompt=entry.prompt, image=str(entry.image) if entry.image else None,
         negative_prompt=entry.negative_prompt, seed=entry.seed,
     )  # fmt: skip
-
-
-def _estimates(recipe: Recipe, facts: Facts, data: DataPlan, lora: LoraPlan, prompt_tokens: int) -> Estimates:
-    parameters = match(lora.targets, facts.spec).parameters(lora.rank)
-    parts = 2 if recipe.cache.latents == "sample" else 1
-    latents = sum(s.shape.latent().tokens for s in data.samples) * facts.spec.latent_channels * 4 * parts
-    captions = len({s.caption for s in data.samples}) + 1
-    text_bytes = 4 if facts.hardware.kind == "cpu" else 2
-    moments = 2 if recipe.optimizer.name == "adamw-8bit" else 8
-    lora_bytes = parameters * (4 if lora.save_precision == "fp32" else 2)
-    return Estimates(
-        cache_bytes=latents + captions * prompt_tokens * facts.spec.caption_channels * text_bytes,
-        checkpoint_bytes=parameters * (4 + moments) + lora_bytes,
-        lora_bytes=lora_bytes,
-        download_bytes=_download_bytes(facts.model),
-    )
-
-
-def _download_bytes(model: ModelPlan) -> int:
-    """What is not here yet; parts that lie in one file are one download."""
-    absent = [part for part in model.components.values() if not part.location]
-    return sum({(part.repository, part.revision, part.inside): part.bytes for part in absent}.values())
-
-
-def _notes(recipe: Recipe, facts: Facts, data: DataPlan, optimizer: OptimizerPlan, steps: int) -> tuple[str, ...]:
-    notes = [*facts.warnings, *facts.hardware.missing]
-    layers = match(recipe.lora.targets, facts.spec).layers
-    notes += [f"the LoRA file's {layer} is not read by {why}" for layer, why in unread(layers).items()]
-    for bucket in data.buckets:
-        if bucket.samples < recipe.training.batch_size:
-            repeats = math.ceil(recipe.training.batch_size / bucket.samples)
-            notes.append(
-                f"bucket {bucket.shape} has fewer samples ({bucket.samples}) than batch_size"
-                f" ({recipe.training.batch_size}): its batches are smaller; repeats = {repeats} would fill them"
-            )
-    micro_batches, accumulate = batches_per_epoch(data, recipe.training.batch_size), recipe.training.accumulate
-    if accumulate > micro_batches:
-        notes.append(f"a step of {accumulate} micro-batches goes over the data's {micro_batches} more than once")
-    if facts.spec.distilled and recipe.validation.guidance not in (None, 1, 1.0):
-        notes.append("distilled weights are made for guidance 1; higher values give burnt pictures")
-    if optimizer.schedule != "constant" and optimizer.decay_steps != steps:
-        rate = learning_rate_at(optimizer, steps)
-        notes.append(
-            f"the {optimizer.schedule} schedule ends at step {optimizer.decay_steps} and the run at step {steps}, with"
-            f" learning rate {rate:.3g}"
-        )
-    return tuple(notes)
 
 
 # Where an open number's value comes from when the recipe does not say it.
@@ -327,6 +370,11 @@ _OTHER_ORIGINS = {
     "conditioning.prompt_tokens": "default",
     "validation.steps": "weights",
     "validation.guidance": "weights",
+    "validation.audio_guidance": "weights",
+    "validation.stg": "weights",
+    "validation.modality_guidance": "weights",
+    "validation.rescale": "weights",
+    "training.modalities": "weights",
     "validation.resolution": "dataset",
     "validation.frames": "dataset",
     "validation.fps": "dataset",

@@ -140,7 +140,8 @@ _V25 = dataclasses.replace(
 
 def _distilled(dev: ModelSpec, hub: str) -> ModelSpec:
     return dataclasses.replace(
-        dev, version=dev.version.replace("dev", "distilled"), hub=hub, distilled=True, sampling=_DISTILLED,
+        dev, version=dev.version.replace("dev", "distilled"), hub=hub, distilled=True,
+        sampling=dataclasses.replace(_DISTILLED, stg_blocks=dev.sampling.stg_blocks),
         scheduler_config=SCHEDULER_DISTILLED,
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ FLOORS = [
     {"recipe", "specs", "specs_ltx2", "specs_ltx_video"},
     {"plan", "media", "hardware", "distributed"},
     {"models", "lora", "flow_matching", "dataset"},
-    {"checkpoint", "optim", "run_directory"},
+    {"checkpoint", "optim", "run_directory", "estimates", "plan_notes"},
     {"trainer", "validation", "planner", "ui", "trackers"},
     {"run", "session", "facts"},
     {"cli", "__main__"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 from ltxforge.dataset.scan import Clip
 from ltxforge.errors import PlanError
 from ltxforge.hardware import Hardware
-from ltxforge.plan import ComponentPlan, ModelPlan
-from ltxforge.planner import Facts, batches_per_epoch, make_plan
+from ltxforge.models.audio_features import MelSettings, latent_length
+from ltxforge.plan import AudioPlan, ComponentPlan, ModelPlan
+from ltxforge.planner import Facts, make_plan
 from ltxforge.recipe.parse import parse
 from ltxforge.shapes import ClipShape
 from ltxforge.specs import SPECS, TINY
@@ -92,7 +94,7 @@ def test_epochs_count_batches_of_each_bucket():
     found = [*clips(6), *clips(5, shape=ClipShape(96, 32, 9))]
     plan = plan_for(text, found=found)
     per_epoch = math.ceil(6 / 4) + math.ceil(5 / 4)
-    assert batches_per_epoch(plan.data, 4) == per_epoch
+    assert plan.data.batches_per_epoch(4) == per_epoch
     assert plan.steps_per_epoch == per_epoch / 2 and plan.steps == math.ceil(3 * per_epoch / 2)
 
 
@@ -222,3 +224,157 @@ def test_estimates_follow_from_the_sizes():
     assert plan.estimates.checkpoint_bytes == parameters * (4 + 8) + parameters * 2
     latents = 6 * 2 * 2 * 2 * TINY["tiny/ltx-video"].latent_channels * 4
     assert plan.estimates.cache_bytes > latents
+
+
+# --- sound and LTX-2 -------------------------------------------------------------------------------------------------
+
+LTX2 = MINIMAL.replace("tiny/ltx-video", "tiny/ltx2")
+SOUNDING = [
+    dataclasses.replace(clip, sound=sound)
+    for clip, sound in zip(clips(6), ("own", "side", "", "own", "", ""), strict=True)
+]
+PROMPT = '[[validation.prompt]]\nname = "a"\nprompt = "b"\n'
+
+
+def ltx2_plan(more: str = "", *, spec=TINY["tiny/ltx2"], found=SOUNDING, **changes):
+    return plan_for(LTX2 + more, spec=spec, found=found, **changes)
+
+
+def test_a_model_with_sound_trains_both_unless_told():
+    plan = ltx2_plan()
+    assert (plan.training.modalities, plan.lora.modalities) == ("both", "both")
+    assert plan.audio == AudioPlan("independent", 1.0) and plan.cache.text == "connectors"
+    assert plan.origins["training.modalities"] == "weights"
+    silent = plan_for()
+    assert (silent.training.modalities, silent.lora.modalities, silent.audio) == ("video", "video", None)
+
+
+def test_what_the_recipe_says_of_sound_is_planned():
+    more = (
+        '[audio]\nsigma = "shared"\nloss_weight = 0\n[lora]\nmodalities = "audio"\n[cache]\ntext_cache = "features"\n'
+    )
+    plan = ltx2_plan(more)
+    assert plan.audio == AudioPlan("shared", 0.0)
+    assert (plan.training.modalities, plan.lora.modalities, plan.cache.text) == ("both", "audio", "features")
+
+
+@pytest.mark.parametrize(
+    ("modalities", "tokens", "audio_tokens", "with_sound"), [("both", 8, 9, 3), ("video", 8, 0, 0), ("audio", 0, 9, 3)]
+)
+def test_each_modality_has_its_tokens_and_only_where_it_is_trained(modalities, tokens, audio_tokens, with_sound):
+    found = [clip for clip in SOUNDING if clip.sound] if modalities == "audio" else SOUNDING
+    plan = ltx2_plan(f'[training]\nmodalities = "{modalities}"\n', found=found)
+    (bucket,) = plan.data.buckets
+    assert (bucket.tokens, bucket.audio_tokens, bucket.with_sound) == (tokens, audio_tokens, with_sound)
+    assert (plan.audio is None) == (modalities == "video")
+    assert {sample.sound for sample in plan.data.samples} <= ({""} if modalities == "video" else {"own", "side", ""})
+    assert plan.lora.modalities == modalities
+
+
+def test_repeats_count_with_sound_too():
+    plan = plan_for(LTX2.replace("frames = 9", "frames = 9\nrepeats = 3"), spec=TINY["tiny/ltx2"], found=SOUNDING)
+    assert (plan.data.buckets[0].samples, plan.data.buckets[0].with_sound) == (18, 9)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in (*SPECS.values(), *TINY.values()) if spec.has_audio])
+def test_sound_is_as_long_as_the_model_and_the_pipeline_count_it(spec):
+    settings = MelSettings.from_vae_config(spec.audio_vae_config)
+    for frames, fps in itertools.product((1, 9, 49, 121, 257), (12.5, 23.976, 24.0, 25.0, 50.0)):
+        text = LTX2.replace("frames = 9", f"frames = {frames}\nfps = {fps}")
+        plan = plan_for(text, spec=spec, found=clips(1, shape=ClipShape(64, 64, frames)))
+        assert plan.data.buckets[0].audio_tokens == latent_length(frames / fps, settings)
+        assert abs(plan.data.buckets[0].audio_tokens - 25 * frames / fps) <= 1
+
+
+def test_the_models_own_rate_is_the_default():
+    assert ltx2_plan().data.samples[0].fps == 24.0 and plan_for().data.samples[0].fps == 25.0
+
+
+def test_samples_without_sound_are_counted_and_used():
+    plan = ltx2_plan()
+    assert len(plan.data.samples) == 6
+    assert "3 of 6 samples have a sound track; the others train video only" in plan.notes
+    assert any("no sample has a sound track" in note for note in ltx2_plan(found=clips()).notes)
+    all_sound = [dataclasses.replace(clip, sound="own") for clip in clips()]
+    assert not any("sound track" in note for note in ltx2_plan(found=all_sound).notes)
+
+
+def test_sound_alone_needs_some():
+    audio = '[training]\nmodalities = "audio"\n'
+    for found in (clips(), [dataclasses.replace(clip, verdict="dropped", starts=()) for clip in clips()]):
+        with pytest.raises(PlanError, match="no usable clip has sound"):
+            ltx2_plan(audio, found=found)
+
+
+@pytest.mark.parametrize(("alone", "what"), [("video", "the video is computed alone"), ("audio", "the sound is")])
+def test_one_modality_alone_is_said_to_differ_from_the_joint_model(alone, what):
+    found = [clip for clip in SOUNDING if clip.sound]
+    notes = ltx2_plan(f'[training]\nmodalities = "{alone}"\n', found=found).notes
+    assert any(note.startswith(what) and "modalities isolated" in note and "joint model" in note for note in notes)
+    assert not any("isolated" in note for note in (*ltx2_plan().notes, *plan_for().notes))
+
+
+def test_weights_without_sound_refuse_it_and_name_what_they_do_not_read():
+    local = MINIMAL.replace("tiny/ltx-video", "./weights")
+    with pytest.raises(PlanError, match="makes no sound"):
+        plan_for(local + '[training]\nmodalities = "both"\n')
+    plan = plan_for(local + '[cache]\ntext_cache = "features"\n[validation]\nstg = 1.0\n' + PROMPT)
+    assert "this model makes no sound and reads none of: cache.text_cache, validation.stg" in plan.notes
+    assert plan.cache.text == "connectors" and plan.validation.prompts[0].stg == 0
+
+
+def test_prompts_fill_up_with_registers():
+    assert ltx2_plan().conditioning.prompt_tokens == 128
+    assert ltx2_plan("[conditioning]\nprompt_tokens = 64\n").conditioning.prompt_tokens == 64
+    local = LTX2.replace("tiny/ltx2", "./weights")
+    with pytest.raises(PlanError, match=r"1000 is no multiple of the connectors' 128 registers\n.*896 or 1024"):
+        plan_for(local + "[conditioning]\nprompt_tokens = 1000\n", spec=SPECS["2.3-dev"])
+    with pytest.raises(PlanError, match=r"Nearest: 128\."):
+        plan_for(local + "[conditioning]\nprompt_tokens = 100\n", spec=SPECS["2.5-dev"])
+
+
+@pytest.mark.parametrize("version", [name for name, spec in SPECS.items() if spec.has_audio])
+def test_samples_are_guided_as_the_version_recommends(version):
+    sampling = SPECS[version].sampling
+    prompt = ltx2_plan(PROMPT, spec=SPECS[version]).validation.prompts[0]
+    assert (prompt.steps, prompt.guidance, prompt.audio_guidance) == (
+        sampling.steps, sampling.guidance, sampling.audio_guidance
+    )  # fmt: skip
+    assert (prompt.stg, prompt.modality_guidance, prompt.rescale) == (
+        sampling.stg, sampling.modality_guidance, sampling.rescale
+    )  # fmt: skip
+    assert prompt.stg_blocks == (sampling.stg_blocks if sampling.stg else ()) and not prompt.frugal
+
+
+def test_guidance_can_be_said_and_switched_off():
+    said = (
+        "[validation]\nguidance = 2.0\naudio_guidance = 4.0\nstg = 0\nmodality_guidance = 1\nrescale = 0\n"
+        "frugal = true\n"
+    )
+    prompt = ltx2_plan(said + PROMPT).validation.prompts[0]
+    assert (prompt.guidance, prompt.audio_guidance, prompt.stg, prompt.stg_blocks) == (2.0, 4.0, 0, ())
+    assert (prompt.modality_guidance, prompt.rescale, prompt.frugal) == (1, 0, True)
+
+
+@pytest.mark.parametrize("said", ["guidance = 2.0", "audio_guidance = 2.0", "stg = 0.5", "modality_guidance = 2.0"])
+def test_distilled_weights_have_a_word_about_every_guidance(said):
+    spec = SPECS["2.3-distilled"]
+    assert not any("distilled" in note for note in ltx2_plan(PROMPT, spec=spec).notes)
+    plan = ltx2_plan(f"[validation]\n{said}\n{PROMPT}", spec=spec)
+    assert any("distilled weights are made" in note for note in plan.notes)
+    if said.startswith("stg"):
+        assert plan.validation.prompts[0].stg_blocks == (28,), "the pipeline cannot skip attention in no block"
+
+
+def test_the_adapter_is_measured_by_its_modalities():
+    sizes = {
+        (trained, lora): ltx2_plan(
+            f'[training]\nmodalities = "{trained}"\n[lora]\nmodalities = "{lora}"\n',
+            found=[clip for clip in SOUNDING if clip.sound],
+        ).estimates.lora_bytes
+        for trained, lora in [("both", "both"), ("both", "video"), ("both", "audio"), ("video", "video")]
+    }
+    assert sizes["both", "both"] > sizes["both", "video"] > sizes["both", "audio"]
+    assert sizes["both", "video"] == sizes["video", "video"]
+    with pytest.raises(PlanError, match="never computed"):
+        ltx2_plan('[training]\nmodalities = "video"\n[lora]\ntargets = ["audio_to_video_attn.to_q"]\n')

@@ -1,0 +1,82 @@
+"""What the reader of a plan should know besides its numbers: doubts, surprises, what cannot be had. Pure; torch-free.
+
+Says, and decides nothing: what cannot be carried out at all is refused by `planner.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+
+from ltxforge.lora.targets import Match
+from ltxforge.plan import Plan, learning_rate_at
+from ltxforge.specs import ModelSpec
+
+# How one modality alone differs from the same modality in the joint model, which makes the samples.
+ALONE = {
+    "video": "the video is computed alone, as the model does with its modalities isolated: that is not the video which"
+    " the joint model makes, and samples are made by the joint model",
+    "audio": "the sound is computed alone, as the model does with its modalities isolated: that is not the sound which"
+    " the joint model makes, and samples are made by the joint model",
+}
+
+
+def notes_on(plan: Plan, spec: ModelSpec, matched: Match, unread_keys: Collection[str]) -> tuple[str, ...]:
+    """The notes that follow from a plan.
+
+    Args:
+        unread_keys: what the recipe says and this model does not read, as dotted keys.
+    """
+    notes = [f"the LoRA file's {layer} is not read by {why}" for layer, why in matched.unread.items()]
+    if unread_keys:
+        notes.append(f"this model makes no sound and reads none of: {', '.join(sorted(unread_keys))}")
+    if spec.has_audio:
+        notes += _on_sound(plan)
+    return (*notes, *_on_batches(plan), *_on_guidance(plan, spec), *_on_schedule(plan))
+
+
+def _on_sound(plan: Plan) -> Iterator[str]:
+    if plan.training.modalities in ALONE:
+        yield ALONE[plan.training.modalities]
+    if plan.training.modalities != "both":
+        return
+    count, with_sound = len(plan.data.samples), sum(bool(sample.sound) for sample in plan.data.samples)
+    if with_sound == 0:
+        yield (
+            "no sample has a sound track: every step trains the video only; with training.modalities ="
+            ' "video" that costs less'
+        )
+    elif with_sound < count:
+        yield f"{with_sound} of {count} samples have a sound track; the others train video only"
+
+
+def _on_batches(plan: Plan) -> Iterator[str]:
+    batch_size, accumulate = plan.training.batch_size, plan.training.accumulate
+    for bucket in plan.data.buckets:
+        if bucket.samples < batch_size:
+            yield (
+                f"bucket {bucket.shape} has fewer samples ({bucket.samples}) than batch_size"
+                f" ({batch_size}): its batches are smaller; repeats = {math.ceil(batch_size / bucket.samples)} would"
+                " fill them"
+            )
+    if accumulate > (micro_batches := plan.data.batches_per_epoch(batch_size)):
+        yield f"a step of {accumulate} micro-batches goes over the data's {micro_batches} more than once"
+
+
+def _on_guidance(plan: Plan, spec: ModelSpec) -> Iterator[str]:
+    if not spec.distilled:
+        return
+    prompts = plan.validation.prompts
+    if any(prompt.guidance != 1 or prompt.audio_guidance not in (None, 1) for prompt in prompts):
+        yield "distilled weights are made for guidance 1; higher values give burnt pictures"
+    if any(prompt.stg > 0 or prompt.modality_guidance != 1 for prompt in prompts):
+        yield "distilled weights are made without STG and modality guidance; with them samples are slower and burnt"
+
+
+def _on_schedule(plan: Plan) -> Iterator[str]:
+    optimizer, steps = plan.optimizer, plan.steps
+    if optimizer.schedule != "constant" and optimizer.decay_steps != steps:
+        yield (
+            f"the {optimizer.schedule} schedule ends at step {optimizer.decay_steps} and the run at step {steps}, with"
+            f" learning rate {learning_rate_at(optimizer, steps):.3g}"
+        )
