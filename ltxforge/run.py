@@ -58,7 +58,7 @@ def run(parsed: Parsed, out: Path | None, screen: Screen) -> None:
         encoders = torch_dtype(plan.device.encoder_precision)
         model = load_model(
             plan.model, torch_device(plan.device.kind), torch_dtype(plan.device.precision), vae_dtype=encoders,
-            text_dtype=encoders,
+            text_dtype=encoders, modalities=plan.training.modalities, text_cache=plan.cache.text,
         )  # fmt: skip
         cache = Cache(Path(plan.cache.directory), emit)
         cache.sweep()
