@@ -32,6 +32,8 @@ from ltxforge.signals import StopRequest
 
 # -80 dBFS: below it lie dither and the coder's own noise, and nothing that anyone hears.
 SILENT_PEAK = 1e-4
+_SILENCE = "digital silence, or behind the end of the sound"
+Clip = tuple[str, str]  # dataset and path
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,14 @@ class Made:
             self.weights.append(weight(entry))
         else:
             self.empty.append(sample)
+
+    def left(self, clip: Clip) -> int:
+        """How many windows of a clip have latents."""
+        return sum(_clip(sample) == clip for sample in self.digests)
+
+    def seen(self, clip: Clip) -> int:
+        """How many windows of a clip there are."""
+        return self.left(clip) + sum(_clip(sample) == clip for sample in (*self.empty, *self.failed))
 
 
 def encode_samples(
@@ -132,14 +142,12 @@ def stored(latents: Latents, kept: str) -> dict[str, Tensor]:
 def judge_lost(plan: Plan, what: str, made: Made, emit: Emit) -> None:
     """Verdicts of clips of which windows failed to decode and are not trained; raises if they are too many."""
     lost = []
-    for (dataset, path), reasons in _by_clip(made.failed).items():
-        left = sum((sample.dataset, sample.path) == (dataset, path) for sample in made.digests)
-        text = f"{len(reasons)} of {left + len(reasons)} {what} cannot be decoded: {reasons[0]}"
-        verdict = ("ok", "", (text,)) if left else ("rejected", text, ())
-        emit(ClipJudged(path, *verdict, left, dataset))
+    for clip, reasons in _by_clip(made.failed).items():
+        left, text = made.left(clip), f"{len(reasons)} of {made.seen(clip)} {what} cannot be decoded: {reasons[0]}"
+        _judge(clip, "rejected", left, text, emit)
         if not left:
-            lost.append(f"  {path}: {text}")
-    clips = len({(sample.dataset, sample.path) for sample in plan.data.samples})
+            lost.append(f"  {clip[1]}: {text}")
+    clips = len({_clip(sample) for sample in plan.data.samples})
     if len(lost) > 1 and len(lost) > plan.data.max_rejected * clips:
         raise DataError(
             f"{len(lost)} of {clips} clips cannot be decoded, more than max_rejected = {plan.data.max_rejected:g}"
@@ -150,30 +158,38 @@ def judge_lost(plan: Plan, what: str, made: Made, emit: Emit) -> None:
 
 def judge_silent(made: Made, emit: Emit) -> None:
     """Where sound alone is trained, a window without any is dropped."""
-    for (dataset, path), windows in _by_clip(dict.fromkeys(made.empty, "")).items():
-        left = sum((sample.dataset, sample.path) == (dataset, path) for sample in made.digests)
-        text = f"no sound in {len(windows)} of {left + len(windows)} windows (digital silence, or behind its end)"
-        verdict = ("ok", "", (text,)) if left else ("dropped", text, ())
-        emit(ClipJudged(path, *verdict, left, dataset))
+    for clip, windows in _by_clip(dict.fromkeys(made.empty, "")).items():
+        text = f"no sound in {len(windows)} of {made.seen(clip)} windows ({_SILENCE})"
+        _judge(clip, "dropped", made.left(clip), text, emit)
 
 
 def tell_mute(made: Made, emit: Emit) -> None:
     """Where the picture is trained too, a window without sound trains it alone, and the user knows which."""
-    for (dataset, path), reasons in _by_clip(made.failed).items():
-        text = f"the sound of {len(reasons)} windows cannot be decoded: {reasons[0]}; they train their picture alone"
-        left = sum((sample.dataset, sample.path) == (dataset, path) for sample in made.digests)
-        emit(ClipJudged(path, "ok", "", (text,), left + len(reasons), dataset))
+    for clip, reasons in _by_clip(made.failed).items():
+        seen = made.seen(clip)
+        text = f"the sound of {len(reasons)} of {seen} windows cannot be decoded: {reasons[0]}; picture alone"
+        _judge(clip, "", seen, text, emit)
     if made.empty:
         names = sorted({printable(Path(sample.path).name) for sample in made.empty})
         shown = ", ".join(names[:MOST_CLIPS_TOLD]) + (" and others" if len(names) > MOST_CLIPS_TOLD else "")
-        windows = f"{len(made.empty)} samples of {shown}"
-        emit(Note(f"no sound to train on in {windows} (digital silence, or behind its end): picture alone"))
+        text = f"samples without sound, which train their picture alone: {len(made.empty)}, of {shown} ({_SILENCE})"
+        emit(Note(text))
 
 
-def _by_clip(reasons: Mapping[SamplePlan, str]) -> dict[tuple[str, str], list[str]]:
-    found: dict[tuple[str, str], list[str]] = {}
+def _judge(clip: Clip, verdict: str, left: int, text: str, emit: Emit) -> None:
+    """The verdict of a clip of which nothing is left, else a warning."""
+    judged = ("ok", "", (text,)) if left else (verdict, text, ())
+    emit(ClipJudged(clip[1], *judged, left, clip[0]))
+
+
+def _clip(sample: SamplePlan) -> Clip:
+    return sample.dataset, sample.path
+
+
+def _by_clip(reasons: Mapping[SamplePlan, str]) -> dict[Clip, list[str]]:
+    found: dict[Clip, list[str]] = {}
     for sample, reason in reasons.items():
-        found.setdefault((sample.dataset, sample.path), []).append(reason)
+        found.setdefault(_clip(sample), []).append(reason)
     return found
 
 

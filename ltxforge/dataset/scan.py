@@ -233,7 +233,7 @@ def _digest_of_sound(beside: Path, memo: Memo) -> str:
 def _tell_the_silent(clips: Sequence[Clip], emit: Emit) -> None:
     usable = [clip for clip in clips if clip.verdict == "ok"]
     if count := sum(not clip.sound for clip in usable):
-        emit(Note(f"{count} of {len(usable)} clips have no sound and train their picture alone"))
+        emit(Note(f"clips without sound, which train their picture alone: {count} of {len(usable)}"))
 
 
 def _with_samples(clip: Clip, rules: _Rules) -> Clip:

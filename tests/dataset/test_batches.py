@@ -10,6 +10,7 @@ from ltxforge.dataset.batches import Batches
 from ltxforge.dataset.cache import Cache
 from ltxforge.dataset.cached import CachedData, CachedSample
 from ltxforge.plan import CachePlan, ConditioningPlan, TrainingPlan
+from ltxforge.randomness import address
 from ltxforge.specs import TINY
 
 
@@ -117,3 +118,99 @@ def test_posterior_samples_are_drawn_by_address(make, tiny_plan):
 def test_the_rate_of_epochs(make):
     batches = make(training=TrainingPlan(2, 2, 1.0, None))
     assert batches.per_epoch == 3 and batches.epoch_at(3) == 2.0
+
+
+def with_sound(data, cache, positions, length=9, channels=4):
+    """The data with made-up sound for the samples at these positions, every value the sample's own."""
+    samples = list(data.samples)
+    for position in positions:
+        mean = torch.full((length, channels), 100.0 + position)
+        entry = cache.write("audio", {"sound": position}, {"mean": mean, "std": torch.full_like(mean, 0.5)})
+        samples[position] = dataclasses.replace(
+            samples[position], audio_key={"sound": position}, audio_digest=entry.digest
+        )
+    return dataclasses.replace(data, samples=tuple(samples))
+
+
+@pytest.fixture
+def make_with_sound(plan_maker, tmp_path):
+    def build(positions, size=4, accumulate=1, modalities="both", kept="mean", **changes):
+        plan = plan_maker(training=TrainingPlan(size, accumulate, 1.0, None, modalities), **changes)
+        cache = Cache(tmp_path / "cache", lambda _event: None)
+        data = with_sound(made_up_data(plan, cache), cache, positions)
+        if kept == "mean":
+            for item in data.samples:
+                for kind, key in (("latents", item.latents_key), ("audio", item.audio_key)):
+                    if key is not None:
+                        cache.write(kind, key, {"mean": cache.read(kind, key).tensors["mean"]})
+        if modalities == "audio":
+            silent = [item.identity for item in data.samples if item.audio_key is None]
+            data = data.without(silent)
+            data = dataclasses.replace(
+                data, samples=tuple(dataclasses.replace(item, latents_key=None) for item in data.samples)
+            )
+        return Batches(plan, data, cache)
+
+    return build
+
+
+def test_sound_of_those_that_have_it_and_zeros_for_the_others(make_with_sound):
+    batches = make_with_sound([0, 2])  # of the first bucket's four; the second bucket's two have none
+    for step in (1, 2):
+        index, batch = batches.index_at(step, 0), batches.load(step, 0)
+        heard = [position in (0, 2) for position in index.samples]
+        if not any(heard):
+            assert batch.latents.audio is None and batch.present is None
+            assert batches.count_at(step).audio is None
+            continue
+        assert batch.latents.audio.shape == (4, 9, 4) and batch.present.tolist() == heard
+        assert batches.count_at(step).audio == 2
+        for row, position in enumerate(index.samples):
+            assert (batch.latents.audio[row] == (100 + position if heard[row] else 0)).all()
+    assert batches.count_at(1).video + batches.count_at(2).video == 6
+
+
+def test_counts_are_of_the_whole_step(make_with_sound):
+    batches = make_with_sound([0, 4, 5], size=1, accumulate=3)
+    for step in range(1, 9):
+        found = [batches.load(step, micro).present for micro in range(3)]
+        assert batches.count_at(step).video == 3
+        assert (batches.count_at(step).audio or 0) == sum(
+            int(present.sum()) for present in found if present is not None
+        )
+
+
+def test_sound_alone_has_no_pictures_but_their_lengths(make_with_sound):
+    batches = make_with_sound([0, 1, 2, 4], size=2, modalities="audio")
+    for step in range(1, 7):
+        batch = batches.load(step, 0)
+        assert batch.latents.video is None and batch.present.all() and batch.fps == 25.0
+        assert batches.count_at(step).video is None and batches.count_at(step).audio == len(batch.samples)
+        assert batch.shape == batch.samples[0].sample.shape.latent()
+
+
+def test_how_many_steps_have_sound(make_with_sound):
+    batches = make_with_sound([1], size=1, accumulate=2)
+    counted = [batches.count_at(step).audio is not None for step in range(1, 31)]
+    assert sum(counted) == 10, "one of six samples, two of them a step: one step of an epoch's three"
+    assert batches.steps_with_sound(1, 30) == 10
+    assert batches.steps_with_sound(5, 17) == sum(counted[4:17]) and batches.steps_with_sound(3, 2) == 0
+    assert make_with_sound([]).steps_with_sound(1, 30) == 0
+
+
+def test_sound_is_drawn_from_its_posterior_at_its_own_address(make_with_sound):
+    batches = make_with_sound([0, 1, 2, 3, 4, 5], kept="sample")
+    first, again, later = (batches.load(step, 0) for step in (1, 1, 3))
+    assert torch.equal(first.latents.audio, again.latents.audio)
+    draws = []
+    for batch in (first, later):
+        means = torch.tensor([100.0 + int(item.sample.clip[4:]) for item in batch.samples])
+        draws.append((batch.latents.audio - means[:, None, None]) / 0.5)
+    for drawn in draws:
+        assert 0.5 < drawn.std() < 1.5 and len(drawn.unique(dim=0)) == len(drawn)
+    assert not torch.equal(draws[0][0], draws[1][0])
+    generator = torch.Generator().manual_seed(address(42, "audio-posterior", 1, 0))
+    assert draws[0][0] == pytest.approx(torch.randn(9, 4, generator=generator), abs=1e-4)
+    # Another than the picture's, which is at "posterior".
+    other = torch.Generator().manual_seed(address(42, "posterior", 1, 0))
+    assert draws[0][0] != pytest.approx(torch.randn(9, 4, generator=other), abs=1e-4)

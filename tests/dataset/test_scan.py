@@ -226,7 +226,7 @@ def test_a_clip_without_sound_is_used_or_dropped(sounds: Path) -> None:
     clip = look(sounds, events, modalities="both")["two_discs.mp4"]
     assert (clip.verdict, clip.sound, clip.warnings) == ("ok", "", ())
     assert [event.text for event in events if isinstance(event, Note)] == [
-        "1 of 3 clips have no sound and train their picture alone"
+        "clips without sound, which train their picture alone: 1 of 3"
     ]
     clip = look(sounds, modalities="audio")["two_discs.mp4"]
     assert clip.verdict == "dropped" and clip.reason.startswith("no sound")

@@ -13,7 +13,7 @@ import av
 import numpy as np
 import pytest
 
-from ltxforge.media.audio import read_audio, sound_beside
+from ltxforge.media.audio import read_audio, require_sound, sound_beside
 from ltxforge.media.decode import DecodeError
 from ltxforge.media.probe import probe
 
@@ -400,3 +400,17 @@ def test_nasty_files(test_data: Path) -> None:
     with pytest.raises(DecodeError, match=r"ends at 2\.\d+ s|damaged at 2\.\d+ s"):
         read_audio(cut, 0.0, 5.0, 16000)
     assert read_audio(nasty / "audio_only.mp4", 5.0, 1.0, 16000).any()
+
+
+def test_a_sound_file_is_tried_at_its_beginning(make_clip: Callable[..., Path], tmp_path: Path) -> None:
+    require_sound(make_clip("good.wav", tones(2, 16000, 0.05), 16000, picture_seconds=0))  # shorter than what is tried
+    require_sound(make_clip("good.mka", tones(1, 44100, 1.0), 44100, layout="mono", picture_seconds=0))
+    (tmp_path / "text.wav").write_text("no sound", encoding="utf-8")
+    (tmp_path / "empty.flac").touch()
+    (tmp_path / "folder.mp3").mkdir()
+    picture = make_clip("picture.mkv", None).rename(tmp_path / "picture.mka")
+    for name, words in (("text.wav", "not a"), ("empty.flac", "empty"), ("folder.mp3", "folder")):
+        with pytest.raises(DecodeError, match=words):
+            require_sound(tmp_path / name)
+    with pytest.raises(DecodeError, match="no sound in it"):
+        require_sound(picture)
