@@ -344,6 +344,13 @@ class Plan:
             return self.validation.at_start
         return self.validation.every > 0 and (step % self.validation.every == 0 or step == self.steps)
 
+    def noised_lengths(self) -> dict[str, int]:
+        """Every sequence whose sigma is drawn for its own length: "768x512x121", "768x512x121 sound" → tokens."""
+        lengths = {str(bucket.shape): bucket.tokens for bucket in self.data.buckets}
+        if self.audio and (self.audio.sigma == "independent" or self.training.modalities == "audio"):
+            lengths |= {f"{bucket.shape} sound": bucket.audio_tokens for bucket in self.data.buckets}
+        return {name: tokens for name, tokens in lengths.items() if tokens}
+
     def identity_digest(self) -> str:
         """SHA-256 of all identity fields: equal digests may continue each other."""
         text = json.dumps(identity(self), sort_keys=True, ensure_ascii=False)

@@ -145,8 +145,8 @@ def settle_plan(
 
 
 def show_plan(plan: Plan, screen: Screen) -> None:
-    """The plan as a table, with the quantiles of the sigma that each bucket trains."""
-    quantiles = {str(bucket.shape): sigma_quantiles(plan.flow, bucket.tokens) for bucket in plan.data.buckets}
+    """The plan as a table, with the quantiles of the sigma that each bucket's video and sound train."""
+    quantiles = {name: sigma_quantiles(plan.flow, tokens) for name, tokens in plan.noised_lengths().items()}
     screen.show(plan_table(plan, quantiles))
 
 

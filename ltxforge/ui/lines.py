@@ -6,6 +6,8 @@ Decides the wording. Which events are shown, and when, is each screen's part; wh
 
 from __future__ import annotations
 
+import math
+
 from ltxforge.events import (
     CheckpointSaved,
     ClipJudged,
@@ -22,7 +24,7 @@ from ltxforge.events import (
     StepDone,
 )
 from ltxforge.printable import printable
-from ltxforge.ui.pace import Pace
+from ltxforge.ui.pace import Pace, sound_beside
 from ltxforge.ui.text import counted, duration, loss, size, time_left
 
 LABEL_WIDTH = 11
@@ -41,7 +43,15 @@ def line(event: Event) -> tuple[str, str] | None:
 def step_text(event: StepDone, pace: Pace) -> str:
     """Loss, its running mean, learning rate, speed and time left, as the live lines show them."""
     losses = f"loss {loss(event.loss)}  mean {loss(pace.loss)}"
+    if math.isfinite(pace.audio_loss):  # once a step had sound, so that the columns stay
+        losses += f"  sound {sound_text(event)}  mean {loss(pace.audio_loss)}"
     return f"{losses}  lr {event.learning_rate:.2e}  {pace.speed}  {time_left(pace.seconds_left)}".rstrip()
+
+
+def sound_text(event: StepDone) -> str:
+    """The sound's loss beside the video's; a dash in steps without sound."""
+    beside = sound_beside(event)
+    return "-" if beside is None else loss(beside)
 
 
 def _phase(event: Event) -> tuple[str, str] | None:
@@ -65,7 +75,9 @@ def _progress(event: Event) -> tuple[str, str] | None:
             refused = (f"damaged and passed over: {name}" for name in event.refused)
             return "resumed", _joined(f"after step {event.step}, from {event.checkpoint}", *refused)
         case StepDone():
-            return "step", f"{event.step}/{event.steps}  loss {loss(event.loss)}  lr {event.learning_rate:.2e}"
+            sound = "" if sound_beside(event) is None else f"  sound {sound_text(event)}"
+            losses = f"loss {loss(event.loss)}{sound}"
+            return "step", f"{event.step}/{event.steps}  {losses}  lr {event.learning_rate:.2e}"
     return None
 
 

@@ -1,13 +1,14 @@
 """The loss curve of a run as an SVG, drawn by hand from events.jsonl.
 
 Decides scales, ticks and smoothing, and says the smoothing in the picture. Every step is drawn as it was logged, the
-last attempt's where steps were repeated; colours hold on light and dark pages. Torch-free, needs no plotting package.
+last attempt's where steps were repeated; the sound's loss has lines of its own, named in a legend. Colours hold on
+light and dark pages. Torch-free, needs no plotting package.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -30,6 +31,8 @@ STYLE = """
  .grid { stroke: #808890; stroke-opacity: 0.22; }
  .raw { fill: none; stroke: #4a90d9; stroke-opacity: 0.38; stroke-width: 1; stroke-linejoin: round; }
  .smooth { fill: none; stroke: #3d86d8; stroke-width: 2.4; stroke-linejoin: round; stroke-linecap: round; }
+ .raw-sound { fill: none; stroke: #3fa66b; stroke-opacity: 0.38; stroke-width: 1; stroke-linejoin: round; }
+ .smooth-sound { fill: none; stroke: #2f9a5c; stroke-width: 2.4; stroke-linejoin: round; stroke-linecap: round; }
  .rate { fill: none; stroke: #d08a2e; stroke-width: 1.8; }
  .resume { stroke: #b05fb8; stroke-dasharray: 4 4; }
 """
@@ -57,24 +60,37 @@ def draw(events_file: Path, path: Path) -> bool:
     points = [point for point in points if math.isfinite(point[1]) and math.isfinite(point[2])]
     if not points:
         return False
+    sound = [(step, _number(event.get("audio_loss"))) for step, event in steps.items() if not _is_sound_alone(event)]
+    sound = [point for point in sound if math.isfinite(point[1])]
     name = next((str(event["plan"].get("name", "")) for event in events if event["event"] == "PlanMade"), "")
     resumed = sorted({event["step"] for event in events if event["event"] == "Resumed"})
-    durable.write_file(path, loss_curve_svg(points, name, resumed))
+    durable.write_file(path, loss_curve_svg(points, name, resumed, sound))
     return True
 
 
-def loss_curve_svg(points: Sequence[tuple[int, float, float]], name: str = "", resumed: Sequence[int] = ()) -> str:
+def _is_sound_alone(event: Mapping[str, object]) -> bool:
+    """Whether the step's `loss` is the sound's itself, so that there is nothing beside it."""
+    return all(event.get(f"audio_{name}") == event.get(name) for name in ("loss", "sigma"))
+
+
+def loss_curve_svg(
+    points: Sequence[tuple[int, float, float]],
+    name: str = "",
+    resumed: Sequence[int] = (),
+    sound: Sequence[tuple[int, float]] = (),
+) -> str:
     """The picture of (step, loss, learning rate), in the order of the steps.
 
     Args:
         resumed: steps after which a later attempt went on; each gets a dashed line.
+        sound: (step, the sound's loss beside the video's), of the steps that had sound.
     """
     steps, losses, rates = (list(column) for column in zip(*points, strict=True))
     window = smoothing_window(len(points))
     smooth = centred_mean(losses, window)
     last = max(steps[-1], steps[0] + 1)
     x = Axis(min(steps[0], 1), last, LEFT, WIDTH - RIGHT)
-    y = Axis(*_range(losses), TOP + LOSS_HEIGHT, TOP)
+    y = Axis(*_range([*losses, *(value for _, value in sound)]), TOP + LOSS_HEIGHT, TOP)
     lower = TOP + LOSS_HEIGHT + BETWEEN
     rate = Axis(*_range([0.0, *rates]), lower + RATE_HEIGHT, lower)
     marks = [step for step in resumed if x.low <= step <= x.high]
@@ -93,11 +109,38 @@ def loss_curve_svg(points: Sequence[tuple[int, float, float]], name: str = "", r
             _text((LEFT + WIDTH - RIGHT) / 2, bottom + 44, "step", anchor="middle"),
             *(_line(x.at(step), TOP, x.at(step), bottom, "resume") for step in marks),
             _polyline("raw", _thinned(list(zip(steps, losses, strict=True))), x, y),
+            *_sound_lines(sound, x, y),
             _polyline("smooth", _thinned(list(zip(steps, smooth, strict=True))), x, y),
+            *(_legend(len(sound), len(points)) if sound else ()),
             _polyline("rate", _thinned(list(zip(steps, rates, strict=True))), x, rate),
             "</svg>\n",
         )
     )
+
+
+def _sound_lines(sound: Sequence[tuple[int, float]], x: Axis, y: Axis) -> list[str]:
+    """The sound's losses as logged, and their mean over as many of its own steps as the video's."""
+    if not sound:
+        return []
+    smooth = centred_mean([value for _, value in sound], smoothing_window(len(sound)))
+    means = [(step, mean) for (step, _), mean in zip(sound, smooth, strict=True)]
+    return [
+        _polyline("raw-sound", _thinned(list(sound)), x, y),
+        _polyline("smooth-sound", _thinned(means), x, y),
+    ]
+
+
+def _legend(with_sound: int, steps: int) -> list[str]:
+    """Which line is which, in the upper right corner."""
+    parts, right = [], WIDTH - RIGHT
+    for row, (kind, text) in enumerate((("smooth", "video"), ("smooth-sound", _sound_name(with_sound, steps)))):
+        height = TOP + 14 + 18 * row
+        parts += [_line(right - 26, height - 4, right, height - 4, kind), _text(right - 34, height, text, anchor="end")]
+    return parts
+
+
+def _sound_name(with_sound: int, steps: int) -> str:
+    return "sound" if with_sound == steps else f"sound, in {with_sound:,} of {steps:,} steps"
 
 
 def smoothing_window(count: int) -> int:

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ltxforge.plan import BucketPlan, Plan, PromptPlan
+from ltxforge.plan import Plan, PromptPlan
 from ltxforge.printable import printable
 from ltxforge.specs import SPECS
 from ltxforge.ui.text import counted, number, short, size
@@ -28,8 +28,8 @@ def plan_table(plan: Plan, sigma_quantiles: Mapping[str, Sequence[float]] | None
     """The whole plan, for a terminal of 80 columns or more, readable without colour.
 
     Args:
-        sigma_quantiles: bucket ("768x512x121") → the sigmas below which `SHARES` of the draws lie, as
-            `flow_matching.sigma_quantiles` gives them.
+        sigma_quantiles: what is noised ("768x512x121", "768x512x121 sound") → the sigmas below which `SHARES` of the
+            draws lie, as `flow_matching.sigma_quantiles` gives them.
     """
     parts: list[RenderableType] = [_head(plan)]
     for title, rows in (
@@ -45,7 +45,7 @@ def plan_table(plan: Plan, sigma_quantiles: Mapping[str, Sequence[float]] | None
     ):
         parts += [Text(), Text(title, "bold"), _rows(rows)]
         if title == "Data":
-            parts.append(_buckets(plan.data.buckets))
+            parts.append(_buckets(plan))
         if title == "Noise" and sigma_quantiles:
             parts.append(_quantiles(sigma_quantiles))
         if title == "Sampling" and plan.validation.prompts:
@@ -128,17 +128,53 @@ def _data(plan: Plan) -> list[Row]:
         ("samples", f"{counted(len(data.samples), 'window')} of {counted(clips, 'clip')}: {', '.join(datasets)}", ""),
         ("per epoch", f"{counted(data.samples_per_epoch, 'sample')}, {short(plan.steps_per_epoch)} steps", ""),
         ("max rejected", f"{short(100 * data.max_rejected)} % of the clips", origin("run.max_rejected", "")),
+        ("sound", _sound(plan), ""),
         ("latents", f"the VAE posterior's {plan.cache.latents}", origin("cache.latents", "")),
         ("prompt length", f"{conditioning.prompt_tokens} tokens", origin("conditioning.prompt_tokens", "")),
+        *_captions(plan),
         ("first frame kept", _share(conditioning.first_frame), origin("conditioning.first_frame", "")),
         ("caption dropped", _share(conditioning.caption_dropout), origin("conditioning.caption_dropout", "")),
     ]
 
 
-def _buckets(buckets: Iterable[BucketPlan]) -> Table:
-    table = _columns("bucket", "fps", "tokens", "samples")
+def _sound(plan: Plan) -> str:
+    """How many samples have a sound track, where sound is trained."""
+    if plan.audio is None:
+        return ""
+    with_sound = sum(bool(sample.sound) for sample in plan.data.samples)
+    beside = sum(sample.sound not in ("", "own") for sample in plan.data.samples)
+    more = f", {beside} from a file beside the clip" if beside else ""
+    return f"{with_sound} of {counted(len(plan.data.samples), 'sample')} have a sound track{more}"
+
+
+def _captions(plan: Plan) -> list[Row]:
+    """What a caption weighs in the cache, as it is kept and as it could be."""
+    estimates, kept = plan.estimates, plan.cache.text
+    if not estimates.text_bytes:
+        return [("a caption", f"at most {size(estimates.caption_bytes)} in the cache", "")]
+    rows = [("a caption", _caption(kept, estimates.caption_bytes), plan.origins.get("cache.text_cache", ""))]
+    others = (name for name in estimates.text_bytes if name != kept)
+    return rows + [
+        ("", f'cache.text_cache = "{name}": {_caption(name, estimates.text_bytes[name])}', "") for name in others
+    ]
+
+
+def _caption(kept: str, count: int) -> str:
+    if kept == "features":
+        return f"about {size(count)} in the cache: what the connectors are fed; they run in every step"
+    return f"{size(count)} in the cache: what the {kept} make of it"
+
+
+def _buckets(plan: Plan) -> Table:
+    buckets, hears = plan.data.buckets, plan.audio is not None
+    table = _columns("bucket", "fps", "tokens", *(["of sound"] if hears else []), "samples",
+                     *(["with sound"] if hears else []), "a sample weighs")  # fmt: skip
     for bucket in buckets:
-        table.add_row("", str(bucket.shape), number(bucket.fps), f"{bucket.tokens:,}", f"{bucket.samples:,}")
+        cells = [str(bucket.shape), number(bucket.fps), f"{bucket.tokens:,}"]
+        cells += [f"{bucket.audio_tokens:,}"] if hears else []
+        cells += [f"{bucket.samples:,}"]
+        cells += [f"{bucket.with_sound:,}"] if hears else []
+        table.add_row("", *cells, size(bucket.video_bytes + bucket.audio_bytes))
     return table
 
 
@@ -151,6 +187,7 @@ def _lora(plan: Plan) -> list[Row]:
         ("alpha", f"{number(lora.alpha)} (scale {scale:g}: {rule})", origin("lora.alpha", "")),
         ("dropout", number(lora.dropout), origin("lora.dropout", "")),
         ("targets", ", ".join(lora.targets), origin("lora.targets", "")),
+        ("modalities", _modalities(lora.modalities), origin("lora.modalities", "")),
         (
             "saved as",
             f"{lora.save_precision}, about {size(plan.estimates.lora_bytes)}",
@@ -164,6 +201,7 @@ def _training(plan: Plan) -> list[Row]:
     whole = f"up to {counted(training.batch_size * training.accumulate, 'sample')} a step"
     epochs = f", {plan.steps / plan.steps_per_epoch:.3g} epochs" if plan.steps_per_epoch else ""
     return [
+        ("modalities", _modalities(training.modalities), origin("training.modalities", "")),
         ("steps", f"{plan.steps:,}{epochs}", origin("run.steps", "")),
         ("seed", number(plan.seed), origin("run.seed", "")),
         ("batch size", number(training.batch_size), origin("training.batch_size", "")),
@@ -172,6 +210,10 @@ def _training(plan: Plan) -> list[Row]:
         ("checkpointing", _every(plan.memory.checkpointing, "block"), origin("memory.checkpointing", "")),
         ("resume", plan.resume, origin("run.resume", "")),
     ]
+
+
+def _modalities(modalities: str) -> str:
+    return {"both": "video and audio, jointly"}.get(modalities, f"{modalities} alone")
 
 
 def _clipping(plan: Plan) -> Row:
@@ -212,6 +254,21 @@ def _flow(plan: Plan) -> list[Row]:
         ("stretch", "0.5 and 99.9 percentiles to 0 and 1" if flow.stretch else "none", ""),
         ("shift", "none" if flow.sigma == "uniform" else shift, origin("flow.shift", "")),
         ("uniform share", _share(flow.uniform_fraction), origin("flow.uniform_fraction", "")),
+        *_sound_noise(plan),
+    ]
+
+
+def _sound_noise(plan: Plan) -> list[Row]:
+    if plan.audio is None:
+        return []
+    words = {"independent": "independent: a draw of its own", "shared": "shared with the video"}
+    sigma = words.get(plan.audio.sigma, plan.audio.sigma)
+    weight = f"{number(plan.audio.loss_weight)} beside the video's 1"
+    if plan.training.modalities == "audio":
+        sigma, weight = "", number(plan.audio.loss_weight)
+    return [
+        ("sound's sigma", sigma, plan.origins.get("audio.sigma", "")),
+        ("sound's weight", weight, plan.origins.get("audio.loss_weight", "")),
     ]
 
 
@@ -230,13 +287,58 @@ def _sampling(plan: Plan) -> list[Row]:
     start = ", and before the first step" if validation.at_start else ""
     return [
         ("every", _every(validation.every, "step", "never") + start, origin("validation.every", "")),
-        (
-            "pipeline",
-            {"plain": "LTXPipeline, LTXImageToVideoPipeline"}.get(plan.model.rope, "LTXConditionPipeline"),
-            "",
-        ),
+        ("pipeline", _pipelines(plan), ""),
         ("schedule", f"{_schedule(plan)}, not the one trained on", "weights"),
+        *_guidance(plan),
     ]
+
+
+def _has_audio(plan: Plan) -> bool:
+    return "audio_vae" in plan.model.components
+
+
+def _pipelines(plan: Plan) -> str:
+    """diffusers' pipelines that make the samples."""
+    if _has_audio(plan):
+        from_images = {bool(prompt.image) for prompt in plan.validation.prompts}
+        names = {False: "LTX2Pipeline", True: "LTX2ImageToVideoPipeline"}
+        return ", ".join(names[each] for each in sorted(from_images))
+    return {"plain": "LTXPipeline, LTXImageToVideoPipeline"}.get(plan.model.rope, "LTXConditionPipeline")
+
+
+def _guidance(plan: Plan) -> list[Row]:
+    """What steers LTX-2's samples beside the video's own guidance, which the prompts' table shows."""
+    if not _has_audio(plan):
+        return []
+    prompts, origin = plan.validation.prompts, plan.origins.get
+    blocks = sorted({block for prompt in prompts for block in prompt.stg_blocks})
+    where = f" in block {', '.join(map(str, blocks))}" if blocks else ""
+    return [
+        ("guidance", f"{_values(p.guidance for p in prompts)} of the video", origin("validation.guidance", "")),
+        (
+            "",
+            f"{_values(p.audio_guidance or 1.0 for p in prompts)} of the sound",
+            origin("validation.audio_guidance", ""),
+        ),
+        ("STG", _values((p.stg for p in prompts), 0) + where, origin("validation.stg", "")),
+        (
+            "modality guidance",
+            _values((p.modality_guidance for p in prompts), 1),
+            origin("validation.modality_guidance", ""),
+        ),
+        ("rescale", _values((p.rescale for p in prompts), 0), origin("validation.rescale", "")),
+        ("decoding", _decoding(prompts), origin("validation.frugal", "")),
+    ]
+
+
+def _values(found: Iterable[float], off: float | None = None) -> str:
+    """The different values of the prompts, usually one; `off` is told as such."""
+    return ", ".join("off" if value == off else number(value) for value in sorted(set(found)))
+
+
+def _decoding(prompts: Iterable[PromptPlan]) -> str:
+    frugal = any(prompt.frugal for prompt in prompts)
+    return "frugal: in tiles, with nothing else on the device" if frugal else "whole"
 
 
 def _schedule(plan: Plan) -> str:
@@ -245,7 +347,7 @@ def _schedule(plan: Plan) -> str:
     if spec is not None and spec.sampling.timesteps:
         listed = ", ".join(f"{timestep:g}" for timestep in spec.sampling.timesteps)
         return f"with {spec.sampling.steps} steps the distilled weights' own timesteps {listed}"
-    if plan.model.rope == "causal":
+    if plan.model.rope == "causal" and not _has_audio(plan):
         return "the pipeline's own, linear-quadratic"
     return "the pipeline's own, shifted by the number of tokens"
 

@@ -6,6 +6,7 @@ checkpoints). Fed by events alone; keeps nothing that a log would need. Torch-fr
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from ltxforge.events import (
     StepDone,
 )
 from ltxforge.printable import printable
-from ltxforge.ui.lines import LABEL_WIDTH, line
+from ltxforge.ui.lines import LABEL_WIDTH, line, sound_text
 from ltxforge.ui.pace import Pace
 from ltxforge.ui.text import loss, time_left
 from ltxforge.ui.verdicts import Verdicts, verdict_table
@@ -169,7 +170,13 @@ class Progress:
         outputs = [("checkpoint", self._saved or "none yet")]
         if self._sampled:
             outputs.append(("sample", self._sampled))
-        return [self._facts(*numbers), self._facts(*outputs)]
+        return [self._facts(*pairs) for pairs in (numbers, self._sound(step), outputs) if pairs]
+
+    def _sound(self, step: StepDone) -> list[tuple[str, str]]:
+        """The sound's loss and its mean, once a step had sound beside the video: a line of their own."""
+        if not math.isfinite(self._pace.audio_loss):
+            return []
+        return [("sound", sound_text(step)), ("mean", loss(self._pace.audio_loss))]
 
     def _facts(self, *pairs: tuple[str, str]) -> Text:
         """A line of dim names and plain values, indented to the bars, cut where the terminal ends."""

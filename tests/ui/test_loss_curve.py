@@ -19,7 +19,7 @@ def data(count, seed=0):
 
 
 def line(root, kind):
-    [found] = root.iter(SVG + "polyline") if kind is None else [e for e in root.iter() if e.get("class") == kind]
+    found = next(e for e in root.iter(SVG + "polyline") if kind in (None, e.get("class")))
     return np.array([[float(number) for number in pair.split(",")] for pair in found.get("points").split()])
 
 
@@ -30,7 +30,7 @@ def texts(root):
 def read_back(root, axis):
     """Pixel → value, from the labelled grid lines of the loss (above) or the learning rate (below)."""
     labels = [e for e in root.iter(SVG + "text") if e.get("text-anchor") == "end"]
-    pairs = [(float(e.get("y")) - 4, float(e.text)) for e in labels]
+    pairs = [(float(e.get("y")) - 4, float(e.text)) for e in labels if e.text[0].isdigit()]
     pairs = [pair for pair in pairs if (pair[0] < 370) == (axis == "loss")]
     slope, start = np.polyfit(*zip(*pairs, strict=True), 1)
     return lambda pixel: slope * pixel + start
@@ -56,6 +56,22 @@ def test_the_thick_line_is_the_mean_that_the_picture_states():
     found = read_back(root, "loss")(line(root, "smooth")[:, 1])
     assert found == pytest.approx(expected, abs=0.01)
     assert any(f"mean of {window} steps around each" in text for text in texts(root))
+
+
+def test_the_sound_has_its_own_lines_and_a_legend():
+    points = data(200)
+    sound = [(step, 2 + value) for step, value, _ in points if step % 2]
+    root = ElementTree.fromstring(loss_curve_svg(points, sound=sound))
+    of_sound = next(e for e in root.iter(SVG + "polyline") if e.get("class") == "raw-sound")
+    drawn = np.array([[float(number) for number in pair.split(",")] for pair in of_sound.get("points").split()])
+    assert read_back(root, "loss")(drawn[:, 1]) == pytest.approx([value for _, value in sound], abs=0.02)
+    steps = np.array([step for step, *_ in points])
+    x = np.polyfit(steps, line(root, "raw")[:, 0], 1)
+    assert drawn[:, 0] == pytest.approx(np.polyval(x, [step for step, _ in sound]), abs=0.01)
+    assert {"video", "sound, in 100 of 200 steps"} <= set(texts(root))
+    keys = {e.get("class") for e in root.iter(SVG + "line")} & {"smooth", "smooth-sound"}
+    assert keys == {"smooth", "smooth-sound"}
+    assert not {"video", "sound"} & set(texts(ElementTree.fromstring(loss_curve_svg(points))))
 
 
 def test_everything_stays_inside_the_picture():
@@ -128,3 +144,16 @@ def test_drawing_from_a_resumed_runs_events(tmp_path):
     assert values == pytest.approx([4, 3, 2, 1], abs=0.02)
     assert "Loss of my-run" in texts(root)
     assert len([e for e in root.iter() if e.get("class") == "resume"]) == 1
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_sound_is_drawn_where_it_stood_beside_a_video(tmp_path, alone):
+    log, picture = tmp_path / "events.jsonl", tmp_path / "loss.svg"
+    with EventLog(log) as emit:
+        for step in range(1, 9):
+            heard = {} if step == 3 else {"audio_loss": 1.0 if alone else 2.0, "audio_sigma": (0.5 if alone else 0.25,)}
+            emit(StepDone(step, 9, 1.0, 0.1, 1e-4, 0.0, (0.5,), **heard))
+    assert draw(log, picture)
+    classes = {element.get("class") for element in ElementTree.parse(picture).iter(SVG + "polyline")}
+    assert ("raw-sound" in classes) is not alone
+    assert ("sound, in 7 of 8 steps" in texts(ElementTree.parse(picture).getroot())) is not alone

@@ -20,6 +20,7 @@ from ltxforge.events import (
     SampleReady,
     StepDone,
 )
+from ltxforge.ui.lines import line
 from ltxforge.ui.plain import Plain
 
 
@@ -58,6 +59,34 @@ def test_a_step_line_tells_loss_rate_speed_and_time_left():
     assert re.fullmatch(
         r"step +3/2000  loss 0\.5000  mean 0\.5000  lr 1\.00e-04  0\.50 s/step  16:38 min left", lines[2]
     )
+
+
+def joint_step(step, steps, audio_loss):
+    """A step of joint training: the sound's loss beside the video's, or None where no sample had sound."""
+    sigma = () if audio_loss is None else (0.25,)
+    return StepDone(step, steps, 0.5, 0.1, 1e-4, 0.0, (0.75,), audio_loss=audio_loss, audio_sigma=sigma)
+
+
+def test_the_sound_s_loss_stands_beside_the_video_s_once_there_is_one():
+    stream = io.StringIO()
+    screen = Plain(stream, Clock())
+    for step, audio_loss in [(1, None), (2, 1.5), (3, None)]:
+        screen(joint_step(step, 3, audio_loss))
+    first, second, third = stream.getvalue().splitlines()
+    assert "sound" not in first
+    assert "loss 0.5000  mean 0.5000  sound 1.5000  mean 1.5000  lr" in second
+    assert "sound -  mean 1.5000" in third
+
+
+def test_sound_alone_is_the_loss_and_nothing_stands_beside_it():
+    stream = io.StringIO()
+    Plain(stream, Clock())(StepDone(1, 9, 1.5, 0.1, 1e-4, 0.0, (0.75,), audio_loss=1.5, audio_sigma=(0.75,)))
+    assert "loss 1.5000" in stream.getvalue() and "sound" not in stream.getvalue()
+
+
+def test_a_step_has_a_line_of_its_own_with_both_losses():
+    assert line(joint_step(2, 3, 1.5)) == ("step", "2/3  loss 0.5000  sound 1.5000  lr 1.00e-04")
+    assert line(joint_step(2, 3, None)) == ("step", "2/3  loss 0.5000  lr 1.00e-04")
 
 
 EVENTS = [

@@ -7,6 +7,8 @@ import pytest
 from rich.console import Console
 
 from ltxforge.plan import (
+    AudioPlan,
+    CachePlan,
     CheckpointPlan,
     ConditioningPlan,
     Estimates,
@@ -51,8 +53,10 @@ SHOWN = [
     ({"validation": ValidationPlan(77, True, PROMPTS)}, ["every 77 steps, and before the first step", "fox", "4711",
                                                          "768x512x121", "37", "3.5", "first [red]frame.png", "24"]),
     ({"validation": ValidationPlan(77, True, ())}, ["no validation prompts"]),
-    ({"estimates": Estimates(123_000_000, 45_000_000, 6_700_000, 8_900_000_000)},
-     ["123 MB", "45.0 MB each, 90.0 MB in all", "6.7 MB", "8.9 GB"]),
+    ({"estimates": Estimates(123_000_000, 2_340_000, {}, 45_000_000, 6_700_000, 8_900_000_000)},
+     ["123 MB", "at most 2.3 MB in the cache", "45.0 MB each, 90.0 MB in all", "6.7 MB", "8.9 GB"]),
+    ({"training": TrainingPlan(1, 1, None, None, "audio")}, ["modalities", "audio alone"]),
+    ({"lora": LoraPlan(16, 16.0, 0, False, ("to_q",), modalities="both")}, ["modalities", "video and audio, jointly"]),
     ({"name": "a [b]", "notes": ("look [bold]here[/bold]\x1b[2J",)}, ["a [b]", "look [bold]here[/bold]\\x1b[2J"]),
 ]  # fmt: skip
 
@@ -91,11 +95,83 @@ def test_it_fits_any_width(plan_maker, width):
     assert width < 80 or any("7 768x512x121" not in line and "4711" in line for line in lines)
 
 
+LTX2_PROMPT = PromptPlan(
+    "a", "A bell.", "noise", "", ClipShape(768, 512, 121), 24.0, 30, 3.25, 1, 7.25, 1.5, (28,), 2.75, 0.65
+)
+TEXT_BYTES = {"connectors": 15_728_640, "features": 184_320}
+
+
+def ltx2(plan_maker, **changes):
+    """A joint plan of LTX-2: two samples with sound of their own, one with a file beside it, three without."""
+    usual = {"audio": AudioPlan("independent", 0.75), "training": TrainingPlan(2, 2, 1.0, None, "both"),
+             "estimates": Estimates(1, 15_728_640, TEXT_BYTES),
+             "validation": ValidationPlan(1, False, (LTX2_PROMPT,))}  # fmt: skip
+    plan = plan_maker("tiny/ltx2", **usual | changes)
+    components = {**plan.model.components, "audio_vae": plan.model.components["vae"]}
+    sounds = ("own", "own", "digest", "", "", "")
+    data = dataclasses.replace(
+        plan.data,
+        samples=tuple(dataclasses.replace(s, sound=sound) for s, sound in zip(plan.data.samples, sounds, strict=True)),
+        buckets=tuple(dataclasses.replace(b, audio_tokens=126, with_sound=3, video_bytes=3_000_000, audio_bytes=64_000)
+                      for b in plan.data.buckets),
+    )  # fmt: skip
+    return dataclasses.replace(plan, data=data, model=dataclasses.replace(plan.model, components=components))
+
+
+def told(plan, width=120):
+    return " ".join(shown(plan, width=width).split())
+
+
+def test_a_joint_plan_tells_all_about_sound(plan_maker):
+    text = told(ltx2(plan_maker))
+    for expected in (
+        "modalities video and audio, jointly", "sound 3 of 6 samples have a sound track, 1 from a file beside the clip",
+        "sound's sigma independent: a draw of its own", "sound's weight 0.75 beside the video's 1",
+        "bucket fps tokens of sound samples with sound a sample weighs", "126 4 3 3.1 MB",
+        "LTX2Pipeline", "guidance 3.25 of the video", "7.25 of the sound", "STG 1.5 in block 28",
+        "modality guidance 2.75", "rescale 0.65", "decoding whole", "shifted by the number of tokens",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert "LTX2ImageToVideoPipeline" not in text
+
+
+def test_what_a_caption_weighs_either_way_is_told(plan_maker):
+    text = told(ltx2(plan_maker))
+    assert "a caption 15.7 MB in the cache: what the connectors make of it" in text
+    assert 'cache.text_cache = "features": about 184 kB in the cache' in text
+    features = Estimates(1, 184_320, TEXT_BYTES)
+    text = told(ltx2(plan_maker, cache=CachePlan("x", "mean", "features"), estimates=features))
+    assert "a caption about 184 kB in the cache: what the connectors are fed" in text
+    assert 'cache.text_cache = "connectors": 15.7 MB' in text
+
+
+def test_samples_of_ltx2_by_image_frugal_and_unguided(plan_maker):
+    prompt = dataclasses.replace(
+        LTX2_PROMPT, image="a.png", frugal=True, guidance=1.0, audio_guidance=1.0, stg=0.0, stg_blocks=(),
+        modality_guidance=1.0, rescale=0.0,
+    )  # fmt: skip
+    text = told(ltx2(plan_maker, validation=ValidationPlan(1, False, (prompt,))))
+    for expected in ("pipeline LTX2ImageToVideoPipeline", "STG off", "modality guidance off", "rescale off", "frugal"):
+        assert expected in text, expected
+    text = told(ltx2(plan_maker, validation=ValidationPlan(1, False, (prompt, LTX2_PROMPT))))
+    assert "LTX2Pipeline, LTX2ImageToVideoPipeline" in text and "1, 3.25 of the video" in text
+
+
+def test_one_modality_alone_tells_only_what_it_has(plan_maker):
+    audio = told(ltx2(plan_maker, training=TrainingPlan(2, 2, 1.0, None, "audio")))
+    assert "audio alone" in audio and "sound's weight 0.75" in audio
+    assert "beside the video's" not in audio and "sound's sigma" not in audio
+    video = told(ltx2(plan_maker, audio=None, training=TrainingPlan(2, 2, 1.0, None, "video")))
+    assert "video alone" in video and "of sound samples" not in video and "sound's" not in video
+
+
 # Fields that the table does not name one by one, and why.
 ELSEWHERE = {
     "format": "of the file, not of the run",
     "origins": "are the last column",
     "data.samples": "are counted; the verdicts list the clips",
+    "estimates.text_bytes": "stand beside each other for LTX-2, see above; other models have one way",
+    "cache.text": "is read by LTX-2 alone, see above",
 }
 
 

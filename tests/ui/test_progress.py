@@ -51,6 +51,15 @@ def test_the_training_state_fits_and_says_everything(width):
     assert 0.5 < mean < 0.52
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_sound_s_loss_fits_beside_the_video_s(width):
+    screen = trained(width)
+    screen(StepDone(401, 1000, 0.9, 0.1, 1e-4, 4.0, (0.5,), {"step": 0.5}, audio_loss=1.25, audio_sigma=(0.1,)))
+    text = drawn(screen, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "loss 0.9000" in text and "sound 1.2500   mean 1.2500" in text and "lr 1.00e-04" in text
+
+
 def test_a_very_narrow_terminal_is_cut_and_not_broken():
     assert max(map(len, drawn(trained(30), 30).splitlines())) <= 30
 
