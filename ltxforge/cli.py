@@ -1,4 +1,7 @@
-"""The command line. `check`, `schema` and `--help` never import torch; the other verbs load the rest when called."""
+"""The command line. `check`, `schema` and `--help` never import torch; the other verbs load the rest when called.
+
+What a user can get wrong in a recipe or a suite is told before that.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ltxforge import __version__
+from ltxforge import __version__, suites
 from ltxforge.errors import LtxforgeError
 from ltxforge.recipe import parse
 from ltxforge.recipe.json_schema import recipe_schema
@@ -29,6 +32,12 @@ Recipe = Annotated[Path, typer.Argument(help="The recipe, a TOML file.", show_de
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. run.steps=500. Repeatable."),
+]
+SuiteFile = Annotated[Path, typer.Argument(metavar="[SUITE.toml]", help="The cases to measure, a TOML file.")]
+Cases = Annotated[list[str] | None, typer.Option("--case", metavar="NAME", help="Only this case. Repeatable.")]
+Results = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FILE.json", help="Results; default results/<device>/<suite>.json beside the suite."),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory; default runs/<recipe name>.")]
 Plain = Annotated[bool, typer.Option("--plain", help="Plain lines instead of a live display.")]
@@ -65,18 +74,28 @@ def run(recipe: Recipe, set_: Set = None, out: Out = None, plain: Plain = False)
 
 
 @app.command()
+def bench(
+    suite: SuiteFile = Path("bench/step.toml"), case: Cases = None, out: Results = None, plain: Plain = False
+) -> None:
+    """Measure training steps: seconds, memory, FLOP/s. Weights are random, nothing is downloaded."""
+    named = case or []
+    loaded = suites.load(suite, named)
+    _engine("ltxforge.benchmark").run(loaded, suite, named, out, _screen(plain))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for TOML editors."""
     typer.echo(json.dumps(recipe_schema(), indent=2))
 
 
-def _engine() -> Any:
-    """`ltxforge.run`, which brings torch and diffusers: 4 s that `check` does not have."""
+def _engine(module: str = "ltxforge.run") -> Any:
+    """What carries a verb out, and brings torch and diffusers: 4 s that `check` does not have."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if sys.stderr.isatty():
         typer.echo("loading PyTorch", err=True)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import about kernels for other tasks
-    return importlib.import_module("ltxforge.run")
+    return importlib.import_module(module)
 
 
 def _screen(plain: bool) -> Any:

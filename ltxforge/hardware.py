@@ -5,9 +5,13 @@ Facts only; what follows from them is decided by the planner. The one place that
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import platform
+import re
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -38,6 +42,58 @@ def reset_peak(device: torch.device) -> None:
 def peak_bytes(device: torch.device) -> int:
     """The most memory that tensors took on the device since `reset_peak`; 0 where the device does not count."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def reserved_peak_bytes(device: torch.device) -> int:
+    """The most memory that PyTorch held on the device for tensors since `reset_peak`, as `peak_bytes`."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+
+
+def reset_resident_peak() -> None:
+    """Start counting the process's own memory anew, where the system allows it: Linux."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def resident_peak_bytes() -> int:
+    """The most memory of the host that the process took since `reset_resident_peak`; 0 where that is not told."""
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"VmHWM:\s*(\d+) kB", status)
+        return int(found[1]) * 1024 if found else 0
+    return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host, had too little memory: CUDA has an error of its own, the CPU only a message."""
+    told = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in told)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work that is queued on the device."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
+
+
+Moment = torch.cuda.Event | float
+
+
+def moment(device: torch.device) -> Moment:
+    """Now, as the device gets there. Queued work is not waited for on CUDA; elsewhere it is."""
+    if device.type == "cuda":
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
+    synchronize(device)
+    return time.perf_counter()
+
+
+def seconds_between(first: Moment, last: Moment) -> float:
+    """Between two moments of one device. Both must be past: `synchronize` first."""
+    if isinstance(first, float) or isinstance(last, float):
+        return last - first
+    return first.elapsed_time(last) / 1000
 
 
 def torch_dtype(precision: str) -> torch.dtype:

@@ -28,11 +28,11 @@ FLOORS = [
         "signals",
     },
     {"recipe", "specs", "specs_ltx2", "specs_ltx_video"},
-    {"plan", "media", "hardware", "distributed"},
+    {"plan", "suites", "media", "hardware", "distributed"},
     {"models", "lora", "flow_matching", "dataset"},
     {"checkpoint", "optim", "run_directory", "estimates", "plan_notes"},
     {"trainer", "validation", "planner", "ui", "trackers"},
-    {"run", "session", "facts"},
+    {"run", "session", "facts", "benchmark", "step_benchmark"},
     {"cli", "__main__"},
 ]
 # Neighbours on one floor that may use each other, in this direction only.
@@ -52,6 +52,8 @@ BESIDE = {
     ("ui", "trackers"),
     ("run", "facts"),
     ("run", "session"),
+    ("benchmark", "step_benchmark"),
+    ("step_benchmark", "session"),
     ("__main__", "cli"),
 }
 # Where an import may hide in a function: `module: imported`. importlib.import_module counts.
@@ -220,7 +222,30 @@ def test_check_never_imports_torch():
     assert "correct" in result.stdout
 
 
-@pytest.mark.parametrize("arguments", [["check", "recipes/quickstart.toml"], ["--help"], ["schema"]])
+SUITE_MISTAKE = """
+import sys
+from ltxforge.cli import app
+from ltxforge.errors import RecipeError
+try:
+    app(["bench", SUITE], standalone_mode=False)
+except RecipeError as error:
+    print(error)
+heavy = {"torch", "diffusers", "transformers", "peft", "av", "numpy", "PIL"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_a_suite_s_mistakes_are_told_without_torch(tmp_path):
+    suite = tmp_path / "wrong.toml"
+    suite.write_text('suite = "step"\n[[case]]\nname = "a"\nmodel = "tiny/ltx2"\n', encoding="utf-8")
+    result = python(SUITE_MISTAKE.replace("SUITE", repr(suite.as_posix())))
+    assert result.returncode == 0, result.stderr
+    assert "`size` is missing in [[case]]" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["check", "recipes/quickstart.toml"], ["--help"], ["schema"], ["bench", "--help"]]
+)
 def test_light_verbs_answer_at_once(arguments):
     """Well under half a second on an idle machine; the best of three here, where other tests share the cores."""
     times = []

@@ -1,0 +1,100 @@
+"""Models of any version at full size with random weights, for measuring: speed and memory do not depend on values.
+
+A transformer is built without memory and filled on the device, one tensor after the other, so that it is never held
+twice. Decides the values' scale, so that activations stay finite. Makes no encoders: what they would have made is
+synthetic too (`random_prompt`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import LTX2VideoTransformer3DModel, LTXVideoTransformer3DModel
+from torch import Tensor, nn
+
+from ltxforge.modalities import MODALITIES, has
+from ltxforge.models.audio_features import MelSettings
+from ltxforge.models.interface import PromptEmbeddings, VideoModel
+from ltxforge.models.ltx2_video import LTX2Parts, LTX2Video
+from ltxforge.models.ltx_video import LTXVideo, Parts
+from ltxforge.models.parts import cast
+from ltxforge.randomness import address
+from ltxforge.specs import ModelSpec
+
+SEED = 0
+WEIGHT_STD = 0.02  # the usual starting width of transformers' weights
+
+
+def random_model(spec: ModelSpec, device: torch.device, dtype: torch.dtype, modalities: str) -> VideoModel:
+    """A model whose transformer has random weights; it has no other part."""
+    if spec.family == "ltx-2":
+        return _ltx2(spec, device, dtype, modalities)
+    assert modalities == "video", f"{spec.version} makes no sound"
+    parts = Parts(transformer=_transformer(LTXVideoTransformer3DModel, spec), vae=_none, text_encoder=_none,
+                  scheduler=_none)  # fmt: skip
+    return LTXVideo(spec, spec.rope, parts, device, dtype)
+
+
+def _ltx2(spec: ModelSpec, device: torch.device, dtype: torch.dtype, modalities: str) -> LTX2Video:
+    parts = LTX2Parts(
+        transformer=_transformer(LTX2VideoTransformer3DModel, spec), vae=_none, audio_vae=_none, vocoder=_none,
+        connectors=_none, text_encoder=_none, scheduler=_none,
+        mel=lambda: MelSettings.from_vae_config(spec.audio_vae_config or {}),
+    )  # fmt: skip
+    return LTX2Video(spec, spec.rope, parts, device, dtype, modalities=modalities)
+
+
+def _none(*_arguments: Any) -> Any:
+    raise AssertionError("a model with random weights has no part but its transformer")
+
+
+def _transformer(kind: type[nn.Module], spec: ModelSpec) -> Callable[[torch.device, torch.dtype], Any]:
+    return lambda device, dtype: random_module(lambda: kind(**spec.transformer_config), device, dtype)
+
+
+def random_module(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The module on the device, in the dtype, filled with random values; with shapes alone on the meta device."""
+    with torch.device("meta"):
+        module = make().eval()
+    assert not list(module.buffers()), "buffers have values of their own, which nobody would fill in"
+    module = cast(module, torch.device("meta"), dtype).to_empty(device=device)
+    if device.type != "meta":
+        fill_randomly(module, device)
+    return module
+
+
+@torch.no_grad()
+def fill_randomly(module: nn.Module, device: torch.device) -> None:
+    """Norms are 1, biases 0, all else normal with `WEIGHT_STD`; drawn in place on the device."""
+    generator = torch.Generator(device=device).manual_seed(address(SEED, "random-weights"))
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 1 and name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.ndim == 1 and name.endswith("weight"):
+            parameter.fill_(1)
+        else:
+            parameter.normal_(0, WEIGHT_STD, generator=generator)
+
+
+def random_prompt(spec: ModelSpec, tokens: int, modalities: str, dtype: torch.dtype) -> PromptEmbeddings:
+    """A caption of full length as the text side would leave it: T5's output, or that of LTX-2's connectors."""
+    generator = torch.Generator().manual_seed(address(SEED, "random-prompt"))
+
+    def drawn(width: int) -> Tensor:
+        return torch.randn(tokens, width, generator=generator).to(dtype)
+
+    return PromptEmbeddings({name: drawn(width) for name, width in prompt_widths(spec, modalities).items()}, tokens)
+
+
+def prompt_widths(spec: ModelSpec, modalities: str) -> dict[str, int]:
+    """What a cached caption holds, and how wide each of its tensors is."""
+    config = spec.connectors_config
+    if config is None:
+        return {"embeds": spec.caption_channels}
+    return {
+        name: config[f"{name}_connector_num_attention_heads"] * config[f"{name}_connector_attention_head_dim"]
+        for name in MODALITIES
+        if has(modalities, name)
+    }
