@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -78,6 +79,11 @@ def tiny_plan(tmp_path: Path) -> planning.Plan:
 def plan_maker(tmp_path: Path) -> Callable[..., planning.Plan]:
     """`make_plan` in a fresh folder, for tests that change parts."""
     return lambda *arguments, **changes: make_plan(tmp_path, *arguments, **changes)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Every freed encoder costs a `gc.collect()`: half a second while it looks at all that was ever imported."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
