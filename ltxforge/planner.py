@@ -143,7 +143,9 @@ def _data(recipe: Recipe, facts: Facts, modalities: str) -> DataPlan:
     ]  # fmt: skip
     _require_samples(samples, facts, modalities)
     # By content first: names and places of folders must not decide the order of what is otherwise the same.
-    samples.sort(key=lambda s: (s.clip, s.shape, s.fps, s.start_seconds, s.caption, s.repeats, s.dataset, s.path))
+    samples.sort(
+        key=lambda s: (s.clip, s.shape, s.fps, s.start_seconds, s.caption, s.sound, s.repeats, s.dataset, s.path)
+    )
     of_bucket: dict[tuple[ClipShape, float], list[SamplePlan]] = {}
     for sample in samples:
         of_bucket.setdefault((sample.shape, sample.fps), []).append(sample)
