@@ -21,6 +21,7 @@ from diffusers import (
     LTX2VideoTransformer3DModel,
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2VocoderWithBWE
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -34,11 +35,14 @@ from ltxforge.models.interface import (
     NoisyTokens,
     PromptBatch,
     PromptEmbeddings,
+    Sample,
     WantedPrompt,
 )
 from ltxforge.models.ltx2 import Stream, audio_ropes, transformer_forward, video_ropes
+from ltxforge.models.ltx2_sampling import LTX2Sampler
 from ltxforge.models.parts import release_memory
 from ltxforge.models.vae import decode_frames, encode_frames
+from ltxforge.plan import PromptPlan
 from ltxforge.shapes import LatentShape
 from ltxforge.specs import ModelSpec
 
@@ -270,3 +274,18 @@ class LTX2Video:
         mean, std = (value.transpose(1, 2).flatten(2)[0] for value in (posterior.mean, posterior.std))
         assert len(mean) == length, f"{frames} mel frames gave {len(mean)} latents, not {length}"
         return Latents(((mean - vae.latents_mean) / vae.latents_std).cpu(), (std / vae.latents_std).cpu())
+
+    def sample(
+        self,
+        prompt: PromptPlan,
+        prompts: Mapping[str, PromptEmbeddings],
+        tokens: int,
+        image: Image.Image | None,
+        on_step: Callable[[int], None],
+    ) -> Sample:
+        """See `VideoModel.sample`. Picture and sound together, whatever is trained."""
+        assert self._encoder is None, "another part is on the device; it must be freed first"
+        embeds = self.batch_prompts([prompts[prompt.prompt]], tokens)
+        negative = self.batch_prompts([prompts[prompt.negative_prompt]], tokens) if prompt.guided else None
+        sampler = LTX2Sampler(self.spec, self.transformer, self._parts, self.device, self.vae_dtype)
+        return sampler.sample(prompt, embeds, negative, image, on_step)
