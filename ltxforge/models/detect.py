@@ -1,31 +1,42 @@
 """Which version the files are: proven by headers and configurations, or asked for; contradictions refused.
 
 Decides version and rope, never from hopes: what the files leave open must be said in the recipe, and what the recipe
-says must not contradict them. `components.py` finds the files. Loads nothing. Torch-free.
+says must not contradict them. The family comes first, by the transformer's tensors: LTX-2's has audio. `components.py`
+and `components_ltx2.py` find the files, `clues.py` reads them. Loads nothing. Torch-free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
-from ltxforge.models.components import Found, Sources, component_plan, find_all, own_vae, pipeline_class
+from ltxforge.models import components_ltx2
+from ltxforge.models.clues import Clue, published_clue, scheduler_clue, suggested, transformer_clues, vae_clue
+from ltxforge.models.components import (
+    FAMILY_NAMES,
+    Found,
+    Sources,
+    Told,
+    base_family,
+    component_plan,
+    find_ltx_video_tensors,
+    find_scheduler,
+    find_t5,
+    find_transformer,
+    own_vae,
+    pipeline_class,
+)
+from ltxforge.models.fit_ltx2 import require_fit
 from ltxforge.models.sources import Source
 from ltxforge.plan import ModelPlan
 from ltxforge.specs import SPECS, TINY, ModelSpec
 
 PIPELINE_ROPES = {"LTXPipeline": "plain", "LTXImageToVideoPipeline": "plain", "LTXConditionPipeline": "causal"}
-
-
-@dataclass(frozen=True)
-class Clue:
-    """Something that the files say and that only some versions agree with."""
-
-    text: str
-    allows: Callable[[ModelSpec], bool]
+# Parts of built-in models that fit no other model; their text encoders are as good as any of their size.
+_OWN_PARTS = ("transformer", "vae", "audio_vae", "vocoder", "connectors")
+_SOUND_PARTS = ("audio_vae", "vocoder", "connectors")
 
 
 def plan_model(
@@ -35,6 +46,9 @@ def plan_model(
     rope: str = "auto",
     transformer: str | None = None,
     vae: str | None = None,
+    audio_vae: str | None = None,
+    vocoder: str | None = None,
+    connectors: str | None = None,
     text_encoder: str | None = None,
     memo_directory: Path | None = None,
 ) -> ModelPlan:
@@ -44,31 +58,26 @@ def plan_model(
         base: a source (`sources.py`): folder, single file, Hub name or built-in model.
         version: the recipe's claim, or None.
         rope: "auto", "plain" or "causal".
-        transformer, vae, text_encoder: sources that replace the base's own part, or None.
+        transformer, vae, audio_vae, vocoder, connectors, text_encoder: sources that replace the base's own part, or
+            None. Audio VAE, vocoder and connectors are LTX-2's alone.
         memo_directory: where digests of local files are remembered, or None.
 
     Raises:
         WeightsError: files that are missing, damaged, of another model, or that leave the version open.
         HubError: a Hub source that cannot be had.
     """
+    parts = {
+        "transformer": transformer, "vae": vae, "audio_vae": audio_vae, "vocoder": vocoder, "connectors": connectors,
+        "text_encoder": text_encoder,
+    }  # fmt: skip
+    named = {name: source for name, source in parts.items() if source is not None}
     with FileDigests(memo_directory and memo_directory / "weights.json") as digests:
         sources = Sources(digests)
-        found = find_all(sources, base, transformer, vae, text_encoder)
-        pipeline = pipeline_class(sources, base)
-        if base in TINY:
-            spec, evidence = TINY[base], [f"{base} is built in"]
-            _require_claim_of_tiny(spec, version)
-            if not found["transformer"].builtin:
-                _require_consistent(spec, transformer_clues(found["transformer"]))
-            _require_fitting_vae(spec, found["vae"])
-        else:
-            # A VAE that replaces the base's own says nothing about the base's transformer: it is checked, not asked.
-            own = own_vae(sources, base) if vae else found["vae"]
-            witness = own if own and not transformer else found["vae"]
-            spec, evidence = decide_version(found["transformer"], witness, sources.parse(base), version)
-            _require_fitting_vae(spec, found["vae"])
-            if transformer and own and own.vae and own.vae.family != spec.vae_family:
-                pipeline = ""  # the base is of another version than the transformer, and so is its pipeline
+        found = find_all(sources, base, named)
+        decide = _decide_ltx2 if found["transformer"].family == "ltx-2" else _decide_ltx_video
+        spec, evidence, pipeline = decide(sources, base, named, found, version)
+        if spec.family == "ltx-2":
+            found = {**found, "scheduler": _fitting_scheduler(found["scheduler"], spec)}
         chosen_rope, rope_reason = decide_rope(rope, found["transformer"], pipeline, spec)
         components = {name: component_plan(name, part, spec) for name, part in found.items()}
     return ModelPlan(
@@ -77,38 +86,107 @@ def plan_model(
     )  # fmt: skip
 
 
-def transformer_clues(found: Found) -> list[Clue]:
-    """What the transformer's shapes and metadata say about its version."""
-    layout, where, clues = found.transformer, found.where, []
-    assert layout is not None
-    size = f"{layout.blocks} blocks of width {layout.width}"
-    named = {spec.parameters for spec in SPECS.values() if (spec.blocks, spec.width) == (layout.blocks, layout.width)}
-    if named:
-        text = f"the transformer has {size} ({named.pop()}): {where}"
-        clues.append(Clue(text, lambda spec: (spec.blocks, spec.width) == (layout.blocks, layout.width)))
-    causal = found.config.get("causal_temporal_positioning")
-    if isinstance(causal, bool):
-        text = f"its metadata says causal_temporal_positioning = {str(causal).lower()}: {where}"
-        clues.append(Clue(text, lambda spec: (spec.rope == "causal") is causal))
-    if found.metadata.get("allowed_inference_steps"):
-        clues.append(Clue(f"its metadata lists the steps of a distilled model: {where}", lambda spec: spec.distilled))
-    return clues
+def find_all(sources: Sources, base: str, named: Mapping[str, str]) -> dict[str, Found]:
+    """Every component, from its own source or from the base. All that is wrong is told at once."""
+    told = Told()
+    for name in _OWN_PARTS:
+        if named.get(name) in TINY and named[name] != base:
+            told.add(
+                WeightsError(
+                    f"model.{name} = {named[name]!r} is a part of a built-in model, which fits no other",
+                    remedy=f"Leave model.{name} out, or take the whole model: base = {named[name]!r}.",
+                )
+            )
+    found = told.attempt(("transformer",), lambda: find_transformer(sources, base, named.get("transformer")))
+    transformer = found.get("transformer")
+    family = base_family(sources, base)
+    if transformer and family and transformer.family != family:
+        raise WeightsError(
+            f"holds {FAMILY_NAMES[transformer.family]}'s transformer, but the base {base} is {FAMILY_NAMES[family]}: "
+            "the two share no part",
+            where=transformer.where,
+            remedy="Name a transformer of the base's own family, or another base.",
+        )
+    if (transformer.family if transformer else family) == "ltx-2":
+        found |= components_ltx2.find_parts(sources, base, named, transformer, told)
+    else:
+        found |= _find_ltx_video(sources, base, named, told)
+    told.raise_all()
+    return found
 
 
-def vae_clue(found: Found) -> Clue:
-    """What the VAE's wiring says about the version."""
-    layout = found.vae
-    assert layout is not None
-    return Clue(f"the VAE is wired as in {layout.family}: {found.where}", lambda spec: spec.vae_family == layout.family)
+def _find_ltx_video(sources: Sources, base: str, named: Mapping[str, str], told: Told) -> dict[str, Found]:
+    for name in _SOUND_PARTS:
+        if name in named:
+            told.add(WeightsError(f"LTX-Video has no {name}", remedy=f"Leave model.{name} out of the recipe."))
+    vae = named.get("vae")
+    return {
+        **told.attempt(("vae",), lambda: find_ltx_video_tensors(sources, vae or base, "vae", own=vae is not None)),
+        **told.attempt(("text_encoder", "tokenizer"), lambda: find_t5(sources, named.get("text_encoder"), base)),
+        **told.attempt(("scheduler",), lambda: find_scheduler(sources, base)),
+    }
 
 
-def decide_version(transformer: Found, vae: Found, base: Source, claim: str | None) -> tuple[ModelSpec, list[str]]:
+def _decide_ltx_video(
+    sources: Sources, base: str, named: Mapping[str, str], found: Mapping[str, Found], claim: str | None
+) -> tuple[ModelSpec, list[str], str]:
+    """Version, evidence and pipeline of an LTX-Video model."""
+    pipeline = pipeline_class(sources, base)
+    if base in TINY:
+        spec = _decide_tiny(base, found, claim)
+        _require_fitting_vae(spec, found["vae"])
+        return spec, [f"{base} is built in"], pipeline
+    # A VAE that replaces the base's own says nothing about the base's transformer: it is checked, not asked.
+    own = own_vae(sources, base) if "vae" in named else found["vae"]
+    witness = own if own and "transformer" not in named else found["vae"]
+    spec, evidence = decide_version(found["transformer"], witness, sources.parse(base), claim, [])
+    _require_fitting_vae(spec, found["vae"])
+    if "transformer" in named and own and own.vae and own.vae.family != spec.vae_family:
+        pipeline = ""  # the base is of another version than the transformer, and so is its pipeline
+    return spec, evidence, pipeline
+
+
+def _decide_ltx2(
+    sources: Sources, base: str, named: Mapping[str, str], found: Mapping[str, Found], claim: str | None
+) -> tuple[ModelSpec, list[str], str]:
+    """Version, evidence and pipeline of an LTX-2 model: wiring tells 2.0, 2.3 and 2.5 apart, and no more."""
+    if base in TINY:
+        spec, evidence = _decide_tiny(base, found, claim), [f"{base} is built in"]
+    else:
+        its_own = "transformer" not in named
+        clue = scheduler_clue(found["scheduler"], found["transformer"]) if its_own else None
+        transformer = found["transformer"]
+        spec, evidence = decide_version(transformer, found["vae"], sources.parse(base), claim, [clue] if clue else [])
+    require_fit(spec, found)
+    return spec, evidence, pipeline_class(sources, base)
+
+
+def _decide_tiny(base: str, found: Mapping[str, Found], claim: str | None) -> ModelSpec:
+    spec = TINY[base]
+    _require_claim_of_tiny(spec, claim)
+    if not found["transformer"].builtin:
+        _require_consistent(spec, transformer_clues(found["transformer"]))
+    return spec
+
+
+def _fitting_scheduler(found: Found, spec: ModelSpec) -> Found:
+    """The base's scheduler; the version's own where the base's is for the other kind of weights, dev or distilled.
+
+    A folder with both kinds of transformers, as 2.5's is published, has one scheduler.
+    """
+    clue = scheduler_clue(found, None)
+    return found if clue is None or clue.allows(spec) else Found(None, builtin="version")
+
+
+def decide_version(
+    transformer: Found, vae: Found, base: Source, claim: str | None, more: list[Clue]
+) -> tuple[ModelSpec, list[str]]:
     """The version, and the evidence for it.
 
     A claim must agree with what headers and configs say. Without one, they must leave a single version, or the base
     must be exactly where one of those that are left is published.
     """
-    clues = [] if transformer.builtin else transformer_clues(transformer)
+    clues = [] if transformer.builtin else [*transformer_clues(transformer), *more]
     told = [] if vae.builtin else [vae_clue(vae)]
     if claim is not None:
         _require_consistent(SPECS[claim], clues)
@@ -121,24 +199,12 @@ def decide_version(transformer: Found, vae: Found, base: Source, claim: str | No
     if not candidates:
         _require_fitting_vae(of_transformer[0], vae)
     evidence = [clue.text for clue in clues + told]
-    published = [spec for spec in candidates if spec.hub == _published_name(base)]
-    if len(candidates) > 1 and len(published) == 1:
-        evidence.append(f"{spec_source(published[0])} is where {published[0].version} is published")
-        candidates = published
+    if len(candidates) > 1 and (clue := published_clue(candidates, base, transformer)):
+        evidence.append(clue.text)
+        candidates = [spec for spec in candidates if clue.allows(spec)]
     if len(candidates) > 1:
         raise _undecided(candidates, base, transformer, evidence)
     return candidates[0], evidence
-
-
-def _published_name(base: Source) -> str:
-    if base.kind != "hub":
-        return ""
-    return f"{base.repository}:{base.inside}" if base.inside else base.repository
-
-
-def spec_source(spec: ModelSpec) -> str:
-    """Where a version is published, for a sentence."""
-    return f"the Hub's {spec.hub}"
 
 
 def _require_consistent(spec: ModelSpec, clues: list[Clue]) -> None:
@@ -152,7 +218,7 @@ def _require_consistent(spec: ModelSpec, clues: list[Clue]) -> None:
 
 def _require_fitting_vae(spec: ModelSpec, vae: Found) -> None:
     """Refuse a VAE whose latents the transformer was not trained on."""
-    family = TINY[vae.builtin].vae_family if vae.builtin else vae.vae.family if vae.vae else ""
+    family = TINY[vae.builtin].vae_family if vae.builtin else vae_clue(vae).subject
     if family != spec.vae_family:
         raise WeightsError(
             f"the VAE is that of {family}, but the transformer ({spec.version}) was trained on latents of the "
@@ -173,10 +239,9 @@ def _require_claim_of_tiny(spec: ModelSpec, claim: str | None) -> None:
 
 def _undecided(candidates: list[ModelSpec], base: Source, transformer: Found, evidence: list[str]) -> WeightsError:
     names = [spec.version for spec in candidates]
-    spoken = f"{base.text} {transformer.where}"
-    suggested = [spec for spec in candidates if _file_stem(spec) in spoken or f"v{spec.version}." in spoken]
-    example = (suggested or candidates)[0].version
-    reason = " (the file's name suggests it)" if suggested else ""
+    likely = suggested(candidates, f"{base.text} {transformer.where}")
+    example = (likely or candidates)[0].version
+    reason = " (the file's name suggests it)" if likely else ""
     return WeightsError(
         f"these weights can be {', '.join(names[:-1])} or {names[-1]}: they look alike and do not say which they are",
         where=base.text,
@@ -185,13 +250,13 @@ def _undecided(candidates: list[ModelSpec], base: Source, transformer: Found, ev
     )
 
 
-def _file_stem(spec: ModelSpec) -> str:
-    """The published name without folder and ending: unique per version."""
-    return spec.hub.rpartition("/")[2].rpartition(":")[2].removesuffix(".safetensors")
-
-
 def decide_rope(asked: str, transformer: Found, pipeline: str, spec: ModelSpec) -> tuple[str, str]:
-    """The rope convention and its reason: recipe, then metadata, then pipeline class, then version."""
+    """The rope convention and its reason: recipe, then metadata, then pipeline class, then version.
+
+    LTX-2 was trained with causal positions alone, whatever its metadata says of other parts.
+    """
+    if spec.family == "ltx-2":
+        return _rope_of_ltx2(asked, spec)
     if asked != "auto":
         return asked, f"rope {asked}: the recipe says so"
     causal = transformer.config.get("causal_temporal_positioning")
@@ -203,3 +268,12 @@ def decide_rope(asked: str, transformer: Found, pipeline: str, spec: ModelSpec) 
         note = "" if rope == spec.rope else f" ({spec.version} was published with {spec.rope})"
         return rope, f"rope {rope}: model_index.json names {pipeline}{note}"
     return spec.rope, f"rope {spec.rope}: that of {spec.version}"
+
+
+def _rope_of_ltx2(asked: str, spec: ModelSpec) -> tuple[str, str]:
+    if asked not in ("auto", spec.rope):
+        raise WeightsError(
+            f"the recipe says rope {asked}, but every LTX-2 version has {spec.rope} positions",
+            remedy="Leave model.rope out of the recipe.",
+        )
+    return spec.rope, f"rope {spec.rope}: every LTX-2 version has it"

@@ -1,7 +1,8 @@
-"""What tensor names and shapes say about a file: which model it is, its sizes, which VAE, in whose spelling.
+"""What tensor names and shapes say about an LTX-Video file: its sizes, which VAE, in whose spelling; and which family.
 
 Two spellings exist: Lightricks' single files (`patchify_proj`, `vae.…`, perhaps under `model.diffusion_model.`) and
-diffusers' folders (`proj_in`, …). Decides nothing about versions (`detect.py`) and reads no file. Torch-free.
+diffusers' folders (`proj_in`, …). LTX-2's names are
+`layout_ltx2.py`'s. Decides nothing about versions (`detect.py`) and reads no file. Torch-free.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltxforge.errors import WeightsError
+from ltxforge.models.layout_ltx2 import is_transformer, part_of
 from ltxforge.models.weights import Header, TensorEntry
 from ltxforge.specs import ModelSpec
 
@@ -97,18 +99,22 @@ def shape_of(tensors: Mapping[str, TensorEntry], name: str) -> tuple[int, ...]:
     return tensors[name].shape if name in tensors else ()
 
 
-def refuse_foreign(header: Header, where: str) -> None:
-    """Refuse files that are known to be something else, by name, before anything is asked of them."""
-    names = header.tensors
-    if _any(names, ("lora_A", "lora_B", "lora_up", "lora_down", "lokr_", "hada_")):
+def family_of(header: Header) -> str:
+    """ "ltx-2" or "ltx-video" by the transformer in a file, or ""."""
+    if is_transformer(part_of(header, "transformer")):
+        return "ltx-2"
+    return "ltx-video" if transformer_layout(header) else ""
+
+
+def refuse_adapter(header: Header, where: str) -> None:
+    """Refuse a LoRA or its like, before anything is asked of it."""
+    if _any(header.tensors, ("lora_A", "lora_B", "lora_up", "lora_down", "lokr_", "hada_")):
         raise WeightsError("is a LoRA or another adapter, not a model", where=where, remedy="Name the base model.")
-    if _any(names, ("audio_vae.", "av_ca_", "audio_attn", "audio_patchify", "audio_proj_in", "vocoder.")):
-        raise WeightsError(
-            "is an LTX-2 model (it has audio), which this release does not train",
-            where=where,
-            remedy="Use an LTX-Video 0.9.x model.",
-        )
-    if any(entry.dtype.startswith(QUANTISED) for name, entry in names.items() if name.endswith(".weight")):
+
+
+def refuse_quantised(header: Header, where: str) -> None:
+    """Refuse an LTX-Video file in few bits: the published ones are made for kernels of their own."""
+    if any(entry.dtype.startswith(QUANTISED) for name, entry in header.tensors.items() if name.endswith(".weight")):
         raise WeightsError(
             "is quantised (8 bits or fewer), and training needs full weights as its base",
             where=where,

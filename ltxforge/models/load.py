@@ -1,39 +1,48 @@
-"""Weights to modules: each part is built without memory, then filled by one tensor after the other.
+"""Weights to models: each part is built without memory, then filled by one tensor after the other (`tensors.py`).
 
-Decides that every tensor of a module must be in the file, in its shape, and nothing else; says which are not. Asks no
-network: `sources.fetch` has brought the files. What is planned is loaded, nothing is guessed (`detect.py`).
+Decides which class of model a family is, and which loader each of its parts has. Asks no network: `sources.fetch` has
+brought the files. What is planned is loaded, nothing is guessed (`detect.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXVideoTransformer3DModel
-from safetensors import safe_open
-from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
-from transformers.utils import logging as transformers_logging
+from accelerate import init_empty_weights
+from diffusers import (
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
+    AutoencoderKLLTXVideo,
+    FlowMatchEulerDiscreteScheduler,
+    LTX2VideoTransformer3DModel,
+    LTXVideoTransformer3DModel,
+)
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2VocoderWithBWE
+from torch import nn
 
 from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
+from ltxforge.models import ltx2_tiny, tiny
+from ltxforge.models.audio_features import MelSettings
 from ltxforge.models.convert import transformer_names, vae_config, vae_names
+from ltxforge.models.interface import VideoModel
 from ltxforge.models.layout import transformer_config, transformer_layout
+from ltxforge.models.ltx2_video import LTX2Parts, LTX2Video
 from ltxforge.models.ltx_video import LTXVideo, Parts
-from ltxforge.models.parts import cast
 from ltxforge.models.sources import spec_of
-from ltxforge.models.tiny import tiny_parts
-from ltxforge.models.trees import LocalTree, weight_files, whole_header
-from ltxforge.models.weights import Header, read_header
+from ltxforge.models.stored import Stored, stored, stored_connectors
+from ltxforge.models.tensors import fill
+from ltxforge.models.text_encoders import load_gemma, load_t5
+from ltxforge.models.trees import LocalTree, whole_header
+from ltxforge.models.weights import Header
 from ltxforge.plan import ComponentPlan, ModelPlan
 from ltxforge.specs import TINY, ModelSpec
 
 Module = TypeVar("Module", bound=nn.Module)
-NAMED_IN_ERRORS = 6
 
 
 def load_model(
@@ -43,37 +52,69 @@ def load_model(
     *,
     vae_dtype: torch.dtype | None = None,
     text_dtype: torch.dtype | None = None,
-) -> LTXVideo:
+    modalities: str = "video",
+    text_cache: str = "connectors",
+) -> VideoModel:
     """The plan's model. Nothing is read before a part is asked for.
 
     Args:
         plan: with every component's location filled in (`sources.fetch`).
         device, dtype: where the transformer goes, and in which dtype.
         vae_dtype, text_dtype: the encoders' dtypes; by default float32 on a CPU, bfloat16 elsewhere.
+        modalities: "video", "audio" or "both": what the model computes. LTX-Video has video alone.
+        text_cache: "connectors" or "features": what LTX-2 caches of a caption.
     """
     spec = spec_of(plan)
-    return LTXVideo(spec, plan.rope, _parts(plan, spec), device, dtype, vae_dtype=vae_dtype, text_dtype=text_dtype)
+    dtypes = {"vae_dtype": vae_dtype, "text_dtype": text_dtype}
+    if spec.family == "ltx-video":
+        assert modalities == "video", "LTX-Video has no sound"
+        return LTXVideo(spec, plan.rope, _ltx_video_parts(plan, spec), device, dtype, **dtypes)
+    return LTX2Video(
+        spec, plan.rope, _ltx2_parts(plan, spec), device, dtype, modalities=modalities, text_cache=text_cache, **dtypes
+    )
 
 
-def _parts(plan: ModelPlan, spec: ModelSpec) -> Parts:
-    """How each part is made: from its files, or built in."""
-    components = plan.components
-
-    def made(name: str, from_files: Callable) -> Callable:
-        component = components[name]
-        if component.kind == "builtin":
-            return getattr(tiny_parts(TINY[component.source]), name)
-        return partial(from_files, _located(component, name))
-
-    def text_encoder(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-        return load_text_encoder(folder, _located(components["tokenizer"], "tokenizer"), device, dtype)
-
+def _ltx_video_parts(plan: ModelPlan, spec: ModelSpec) -> Parts:
+    made = partial(_made, plan, tiny.tiny_parts)
     return Parts(
         transformer=made("transformer", lambda path, device, dtype: load_transformer(path, spec, device, dtype)),
         vae=made("vae", load_vae),
-        text_encoder=made("text_encoder", text_encoder),
-        scheduler=partial(load_scheduler, components["scheduler"], spec),
+        text_encoder=made("text_encoder", partial(_with_tokenizer, plan, load_t5)),
+        scheduler=partial(load_scheduler, plan.components["scheduler"], spec),
     )
+
+
+def _ltx2_parts(plan: ModelPlan, spec: ModelSpec) -> LTX2Parts:
+    components = plan.components
+    made = partial(_made, plan, ltx2_tiny.tiny_parts)
+
+    def part(name: str, kind: Callable[..., nn.Module]) -> Callable:
+        settings = getattr(spec, f"{name}_config")
+        find = partial(stored_connectors, components) if name == "connectors" else partial(stored, name=name)
+        return made(name, lambda path, device, dtype: _fill_ltx2(kind, settings, find(path), device, dtype))
+
+    return LTX2Parts(
+        transformer=part("transformer", LTX2VideoTransformer3DModel),
+        vae=part("vae", AutoencoderKLLTX2Video),
+        audio_vae=part("audio_vae", AutoencoderKLLTX2Audio),
+        vocoder=part("vocoder", _vocoder_class(spec)),
+        connectors=part("connectors", LTX2TextConnectors),
+        text_encoder=made("text_encoder", partial(_with_tokenizer, plan, load_gemma)),
+        scheduler=partial(load_scheduler, components["scheduler"], spec),
+        mel=partial(_mel_settings, components["audio_vae"], spec),
+    )
+
+
+def _made(plan: ModelPlan, tiny_parts: Callable[[ModelSpec], Any], name: str, from_files: Callable) -> Callable:
+    """How a part is made: built in, or by `from_files(path, device, dtype)`."""
+    component = plan.components[name]
+    if component.kind == "builtin":
+        return getattr(tiny_parts(TINY[component.source]), name)
+    return partial(from_files, _located(component, name))
+
+
+def _with_tokenizer(plan: ModelPlan, load: Callable, path: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    return load(path, _located(plan.components["tokenizer"], "tokenizer"), device, dtype)
 
 
 def _located(component: ComponentPlan, name: str) -> Path:
@@ -85,7 +126,7 @@ def _located(component: ComponentPlan, name: str) -> Path:
 def load_transformer(
     path: Path, spec: ModelSpec, device: torch.device, dtype: torch.dtype
 ) -> LTXVideoTransformer3DModel:
-    """A transformer from a folder or single file, on the device and in the dtype."""
+    """LTX-Video's transformer from a folder or single file, on the device and in the dtype."""
     header, config = _header_at(path, "transformer")
     layout = transformer_layout(header)
     if layout is None:
@@ -96,28 +137,11 @@ def load_transformer(
 
 
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKLLTXVideo:
-    """A VAE from a folder or single file, on the device and in the dtype."""
+    """LTX-Video's VAE from a folder or single file, on the device and in the dtype."""
     header, config = _header_at(path, "vae")
     settings = vae_config(header, config)
     module = _unfilled(lambda: AutoencoderKLLTXVideo(**settings))
     return fill(module, path, vae_names(header), device, dtype)
-
-
-def load_text_encoder(
-    encoder: Path, tokenizer: Path, device: torch.device, dtype: torch.dtype
-) -> tuple[T5EncoderModel, PreTrainedTokenizerBase]:
-    """T5 and its tokenizer from their folders; safetensors only, from disk only."""
-    with _quiet_transformers():
-        module = T5EncoderModel.from_pretrained(
-            encoder, dtype=dtype, local_files_only=True, use_safetensors=True, device_map={"": str(device)}
-        )
-    return cast(module.eval(), device, dtype), load_tokenizer(tokenizer)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that the folder's own configuration names; a bare `spiece.model` is T5's."""
-    kind = AutoTokenizer if (folder / "tokenizer_config.json").is_file() else T5Tokenizer
-    return kind.from_pretrained(folder, local_files_only=True)
 
 
 def load_scheduler(component: ComponentPlan, spec: ModelSpec) -> FlowMatchEulerDiscreteScheduler:
@@ -128,81 +152,40 @@ def load_scheduler(component: ComponentPlan, spec: ModelSpec) -> FlowMatchEulerD
 
 
 def _header_at(path: Path, part: str) -> tuple[Header, dict[str, Any]]:
-    return whole_header(LocalTree(path.parent, path.name, FileDigests()), path.name, part)
+    header, folder = whole_header(LocalTree(path.parent, path.name, FileDigests()), path.name)
+    return header, folder or header.config.get(part, {})
+
+
+def _fill_ltx2(
+    kind: Callable[..., Module], settings: Any, found: Stored, device: torch.device, dtype: torch.dtype
+) -> Module:
+    return fill(_unfilled(lambda: kind(**settings)), found.files, found.part.names, device, dtype)
+
+
+def _vocoder_class(spec: ModelSpec) -> Callable[..., LTX2Vocoder | LTX2VocoderWithBWE]:
+    """With or without bandwidth extension. Its filter for resampling is in no file, so it is made, not left empty."""
+    assert spec.vocoder_config is not None
+    if "bwe_in_channels" not in spec.vocoder_config:
+        return LTX2Vocoder
+
+    def extended(**settings: Any) -> LTX2VocoderWithBWE:
+        with torch.device("cpu"), init_empty_weights(include_buffers=False):
+            return LTX2VocoderWithBWE(**settings)
+
+    return extended
+
+
+def _mel_settings(component: ComponentPlan, spec: ModelSpec) -> MelSettings:
+    """How sound becomes the audio VAE's input: by a single file's metadata, else by the VAE's configuration."""
+    assert spec.audio_vae_config is not None
+    if component.kind != "builtin":
+        metadata = stored(_located(component, "audio VAE"), "audio_vae").metadata
+        if "audio_vae" in metadata:
+            return MelSettings.from_metadata(metadata)
+    return MelSettings.from_vae_config(spec.audio_vae_config)
 
 
 def _unfilled(make: Callable[[], Module]) -> Module:
     """The module with shapes and no memory."""
     with torch.device("meta"):
         return make().eval()
-
-
-def fill(module: Module, path: Path, names: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> Module:
-    """Put a file's or folder's tensors into a module that has none.
-
-    Each tensor is copied off the file's memory map by itself, so that the peak is the module's own size and a file that
-    changes later changes nothing.
-
-    Args:
-        module: on the meta device.
-        path: a single file, or a folder of one or several.
-        names: the module's name → the file's own name, of all tensors that belong to it.
-    """
-    files = [path] if path.is_file() else [path / name for name in _files_of(path)]
-    _require_same_tensors(module, files, names, str(path))
-    wanted = {original: name for name, original in names.items()}
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(file, framework="pt", device=_safetensors_device(device)) as stored:
-            for original in stored.offset_keys():  # in the file's order
-                if (name := wanted.get(original)) is not None:
-                    tensors[name] = stored.get_tensor(original).to(device, dtype, copy=device.type == "cpu")
-    module.load_state_dict(tensors, strict=True, assign=True)
-    return module
-
-
-def _files_of(folder: Path) -> list[str]:
-    return weight_files(LocalTree(folder.parent, folder.name, FileDigests()), folder.name)
-
-
-def _safetensors_device(device: torch.device) -> str:
-    """Where safetensors reads to: straight to CUDA, by way of the CPU elsewhere."""
-    return str(device) if device.type == "cuda" else "cpu"
-
-
-def _require_same_tensors(module: nn.Module, files: list[Path], names: Mapping[str, str], where: str) -> None:
-    """Compare names and shapes before a byte of data is read."""
-    stored = {name: entry.shape for file in files for name, entry in read_header(file).tensors.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    problems = {
-        "missing": [name for name in expected if name not in names],
-        "not part of the model": [original for name, original in names.items() if name not in expected],
-        "of another shape": [
-            f"{original} {stored[original]} for {expected[name]}"
-            for name, original in names.items()
-            if name in expected and stored[original] != expected[name]
-        ],
-    }
-    if found := [_said(kind, tensors) for kind, tensors in problems.items() if tensors]:
-        raise WeightsError(
-            "tensors do not fit the model: " + "; ".join(found),
-            where=where,
-            remedy="The file is incomplete or of another model; download it again or name another.",
-        )
-
-
-def _said(kind: str, names: list[str]) -> str:
-    more = f" and {len(names) - NAMED_IN_ERRORS} more" if len(names) > NAMED_IN_ERRORS else ""
-    return f"{kind}: {', '.join(sorted(names)[:NAMED_IN_ERRORS])}{more}"
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars of its own while ltxforge shows one."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -22,11 +22,14 @@ from ltxforge.errors import Stopped, WeightsError
 from ltxforge.events import Emit, Note
 from ltxforge.models.hub import fetch_files, open_hub
 from ltxforge.models.layout import transformer_config, transformer_layout
+from ltxforge.models.stored import measured_spec
 from ltxforge.models.trees import LocalTree, Tree, join, weight_files, whole_header
 from ltxforge.plan import ComponentPlan, ModelPlan
 from ltxforge.signals import StopRequest
 from ltxforge.specs import SPECS, TINY, ModelSpec
 
+# ComfyUI's name for the folder of transformers; a file in it has its other parts in folders beside.
+SPLIT_FILES = "diffusion_models"
 # Components without tensors of their own.
 PLAIN_COMPONENTS = ("tokenizer", "scheduler")
 _HUB = re.compile(
@@ -82,6 +85,8 @@ def open_tree(source: Source, digests: FileDigests) -> Tree:
         near = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
         remedy = _nearest(path.name, near) if near else f"The folder {path.parent} is empty or does not exist."
         raise WeightsError("there is no such file or folder", where=str(path), remedy=remedy)
+    if path.parent.name == SPLIT_FILES and path.is_file():  # the other parts lie beside that folder
+        return LocalTree(path.parent.parent, f"{SPLIT_FILES}/{path.name}", digests)
     return LocalTree(path.parent, path.name, digests)
 
 
@@ -118,13 +123,16 @@ def _fetch_component(name: str, part: ComponentPlan, emit: Emit) -> ComponentPla
 
 
 def spec_of(model: ModelPlan) -> ModelSpec:
-    """The version's spec, with the transformer's real sizes where its files lie here and say otherwise."""
-    part = model.components["transformer"]
+    """The version's spec, with the parts' real sizes where their files lie here and say otherwise."""
     spec = TINY.get(model.base) or SPECS[model.version]
+    if spec.family == "ltx-2":
+        return measured_spec(model.components, spec)
+    part = model.components["transformer"]
     if not part.location:
         return spec
     tree = LocalTree(Path(part.location).parent, Path(part.location).name, FileDigests())
-    header, config = whole_header(tree, tree.inside, "transformer")
+    header, config = whole_header(tree, tree.inside)
     layout = transformer_layout(header)
     assert layout is not None, "detect.py planned a transformer that is none"
-    return dataclasses.replace(spec, transformer_config=transformer_config(layout, config, spec, part.location))
+    told = config or header.config.get("transformer", {})
+    return dataclasses.replace(spec, transformer_config=transformer_config(layout, told, spec, part.location))

@@ -159,17 +159,11 @@ def _shards(tree: Tree, path: str) -> list[str]:
     return shards
 
 
-def whole_header(tree: Tree, inside: str, part: str) -> tuple[Header, dict[str, Any]]:
-    """The header of a file, or of a folder's shards together, and the configuration that goes with it.
-
-    The configuration is the folder's `config.json`, or what a single file's metadata says under `part`; or empty.
-    """
+def whole_header(tree: Tree, inside: str) -> tuple[Header, dict[str, Any]]:
+    """The header of a file, or of a folder's shards together, and the folder's `config.json`, or {}."""
     if tree.is_file(inside):
-        header = tree.header(inside)
-        config = header.config.get(part)
-        return header, config if isinstance(config, dict) else {}
-    names = weight_files(tree, inside)
-    headers = [tree.header(join(inside, name)) for name in names]
+        return tree.header(inside), {}
+    headers = [tree.header(join(inside, name)) for name in weight_files(tree, inside)]
     tensors = {name: entry for header in headers for name, entry in header.tensors.items()}
     path = join(inside, "config.json")
     config = read_json(tree, path) if "config.json" in tree.files(inside) else {}

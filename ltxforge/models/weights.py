@@ -25,10 +25,15 @@ PICKLE_REMEDY = (
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor as the header lists it; `dtype` in the format's own spelling: BF16, F32, F8_E4M3."""
+    """One tensor as the header lists it; `dtype` in the format's own spelling: BF16, F32, F8_E4M3.
+
+    Its bytes are `begin` to `end` of its own file, counted from the file's start; both 0 where the file is not here.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    begin: int = 0
+    end: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,14 +76,20 @@ def _read(file: BinaryIO, size: int, where: str) -> Header:
     try:
         listing = json.loads(file.read(length))
         metadata = listing.pop("__metadata__", None) or {}
-        tensors = {name: TensorEntry(entry["dtype"], tuple(entry["shape"])) for name, entry in listing.items()}
-        end = max((entry["data_offsets"][1] for entry in listing.values()), default=0)
+        start = 8 + length
+        tensors = {name: _entry(listed, start) for name, listed in listing.items()}
+        whole = max((entry.end for entry in tensors.values()), default=start)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise _damaged("is no safetensors file: its header is not the JSON that the format asks for", where) from error
-    if (whole := 8 + length + end) != size:
+    if whole != size:
         kind = "ends early" if size < whole else "is longer than its header says"
         raise _damaged(f"{kind}: it has {size} of {whole} bytes", where)
     return Header(tensors, metadata)
+
+
+def _entry(listed: Mapping[str, Any], start: int) -> TensorEntry:
+    begin, end = listed["data_offsets"]
+    return TensorEntry(listed["dtype"], tuple(listed["shape"]), start + begin, start + end)
 
 
 def _damaged(what: str, where: str) -> WeightsError:

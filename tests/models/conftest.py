@@ -7,14 +7,16 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKLLTXVideo,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    LTX2Pipeline,
     LTXConditionPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
 )
 from safetensors.torch import save_file
 
-from ltxforge.models import tiny
+from ltxforge.models import ltx2_tiny, tiny
 from ltxforge.specs import SPECS, TINY
 
 # Where diffusers' blocks stand in Lightricks' flat lists, per VAE family.
@@ -87,18 +89,27 @@ def tiny_folder(tmp_path_factory):
     def make(name: str = "tiny/ltx-video"):
         if name not in made:
             spec, folder = TINY[name], tmp_path_factory.mktemp("folder") / "model"
-            kind = LTXConditionPipeline if spec.rope == "causal" else LTXPipeline
-            kind(
-                scheduler=FlowMatchEulerDiscreteScheduler(**spec.scheduler_config),
-                vae=tiny.tiny_vae(spec),
-                text_encoder=tiny.tiny_text_encoder(spec),
-                tokenizer=tiny.byte_tokenizer(),
-                transformer=tiny.tiny_transformer(spec),
-            ).save_pretrained(folder, max_shard_size="2MB")
+            tiny_pipeline(spec).save_pretrained(folder, max_shard_size="2MB")
             made[name] = folder
         return made[name]
 
     return make
+
+
+def tiny_pipeline(spec) -> DiffusionPipeline:
+    """diffusers' own pipeline over a tiny model's parts."""
+    scheduler = FlowMatchEulerDiscreteScheduler(**spec.scheduler_config)
+    if spec.has_audio:
+        parts = {
+            name: getattr(ltx2_tiny, f"tiny_{name}")(spec)
+            for name in ("vae", "audio_vae", "text_encoder", "connectors", "transformer", "vocoder")
+        }
+        return LTX2Pipeline(scheduler=scheduler, tokenizer=ltx2_tiny.gemma_tokenizer(), **parts)
+    kind = LTXConditionPipeline if spec.rope == "causal" else LTXPipeline
+    return kind(
+        scheduler=scheduler, vae=tiny.tiny_vae(spec), text_encoder=tiny.tiny_text_encoder(spec),
+        tokenizer=tiny.byte_tokenizer(), transformer=tiny.tiny_transformer(spec),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

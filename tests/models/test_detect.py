@@ -305,7 +305,6 @@ def test_an_unreadable_configuration_is_told(tmp_path, tiny_folder):
 
 FOREIGN = {
     "lora": ({"diffusion_model.transformer_blocks.0.attn1.to_q.lora_A.weight": (4, 8)}, "LoRA"),
-    "ltx2": ({"model.diffusion_model.av_ca_a2v_gate_adaln_single.linear.weight": (4, 8)}, "LTX-2"),
     "flux": ({"double_blocks.0.img_attn.qkv.weight": (4, 8)}, "no LTX-Video transformer"),
 }
 
@@ -327,8 +326,11 @@ def test_quantised_files_are_refused(tmp_path, published_header):
 def test_folders_of_other_pipelines_are_refused(tmp_path, tiny_folder):
     copy = tmp_path / "copy"
     shutil.copytree(tiny_folder(), copy)
+    (copy / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    with pytest.raises(WeightsError, match="is a folder for WanPipeline"):
+        plan_model(base=str(copy))
     (copy / "model_index.json").write_text('{"_class_name": "LTX2Pipeline"}')
-    with pytest.raises(WeightsError, match="LTX2Pipeline"):
+    with pytest.raises(WeightsError, match=r"holds LTX-Video's transformer, but the base .* is LTX-2"):
         plan_model(base=str(copy))
 
 

@@ -13,7 +13,9 @@ from ltxforge.errors import WeightsError
 from ltxforge.models import tiny
 from ltxforge.models.convert import vae_config
 from ltxforge.models.detect import plan_model
-from ltxforge.models.load import fill, load_model, load_tokenizer
+from ltxforge.models.load import load_model
+from ltxforge.models.tensors import fill
+from ltxforge.models.text_encoders import load_tokenizer
 from ltxforge.models.weights import Header, TensorEntry
 from ltxforge.specs import SPECS, TINY
 
@@ -120,8 +122,7 @@ def test_the_scheduler_is_the_folders_own(tmp_path, tiny_folder):
     path = copy / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "shift": 7.0}))
     model = load(plan_model(base=str(copy), version="0.9.5"))
-    with model.vae():
-        assert model.pipeline(False).scheduler.config.shift == 7.0
+    assert model._parts.scheduler().config.shift == 7.0
 
 
 def test_fill_reads_a_folder_of_shards_as_one(tiny_folder):
