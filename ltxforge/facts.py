@@ -21,7 +21,6 @@ from ltxforge.models.detect import plan_model
 from ltxforge.models.sources import spec_of
 from ltxforge.plan import ModelPlan, Plan
 from ltxforge.planner import Facts, modalities_of
-from ltxforge.recipe.model_rules import SOUND_PARTS
 from ltxforge.recipe.parse import Parsed
 from ltxforge.recipe.rules import BUILTIN_DATASETS, dataset_id
 from ltxforge.recipe.schema import Dataset, Recipe, parse_size
@@ -96,8 +95,8 @@ def _model(recipe: Recipe, memo: Path) -> ModelPlan:
     model = recipe.model
     return plan_model(
         base=model.base, version=model.version, rope=model.rope, transformer=model.transformer, vae=model.vae,
+        audio_vae=model.audio_vae, vocoder=model.vocoder, connectors=model.connectors,
         text_encoder=model.text_encoder, memo_directory=memo,
-        **{name: source for name in SOUND_PARTS if (source := getattr(model, name))},
     )  # fmt: skip
 
 

@@ -70,7 +70,8 @@ def plan_of(directory: Path) -> Plan:
 def test_shipped_recipes_run(recipe, here, clips):
     image = here / "first.png"
     Image.new("RGB", (200, 100), "teal").save(image)
-    overrides = ["model.base=tiny/ltx-video", f"dataset.0.path={clips}", *SMALL]
+    base, rate = ("tiny/ltx2", 24) if recipe.stem.startswith("ltx2") else ("tiny/ltx-video", 25)
+    overrides = [f"model.base={base}", f"dataset.0.path={clips}", *SMALL]
     if "image" in recipe.stem:
         overrides += [f"validation.prompt.0.image={image}", "optimizer.warmup_steps=0"]
     shown = start(recipe, *overrides)
@@ -81,7 +82,8 @@ def test_shipped_recipes_run(recipe, here, clips):
         for name in names:
             folder = home / "samples" / f"step-{step:06d}"
             with av.open(folder / f"{name}.mp4") as video:
-                assert video.streams.video[0].average_rate == 25
+                assert video.streams.video[0].average_rate == rate
+                assert len(video.streams.audio) == (base == "tiny/ltx2")
                 frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
             assert len(frames) == 9 and frames[0].shape == (64, 64, 3)
             with Image.open(folder / f"{name}.png") as sheet:

@@ -109,7 +109,7 @@ def loss_curve_svg(
             _text((LEFT + WIDTH - RIGHT) / 2, bottom + 44, "step", anchor="middle"),
             *(_line(x.at(step), TOP, x.at(step), bottom, "resume") for step in marks),
             _polyline("raw", _thinned(list(zip(steps, losses, strict=True))), x, y),
-            *_sound_lines(sound, x, y),
+            *_sound_lines(sound, window, x, y),
             _polyline("smooth", _thinned(list(zip(steps, smooth, strict=True))), x, y),
             *(_legend(len(sound), len(points)) if sound else ()),
             _polyline("rate", _thinned(list(zip(steps, rates, strict=True))), x, rate),
@@ -118,11 +118,11 @@ def loss_curve_svg(
     )
 
 
-def _sound_lines(sound: Sequence[tuple[int, float]], x: Axis, y: Axis) -> list[str]:
-    """The sound's losses as logged, and their mean over as many of its own steps as the video's."""
+def _sound_lines(sound: Sequence[tuple[int, float]], window: int, x: Axis, y: Axis) -> list[str]:
+    """The sound's losses as logged, and their mean over `window` of its own steps, as many as of the video's."""
     if not sound:
         return []
-    smooth = centred_mean([value for _, value in sound], smoothing_window(len(sound)))
+    smooth = centred_mean([value for _, value in sound], window)
     means = [(step, mean) for (step, _), mean in zip(sound, smooth, strict=True)]
     return [
         _polyline("raw-sound", _thinned(list(sound)), x, y),

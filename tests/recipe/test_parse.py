@@ -13,6 +13,7 @@ from ltxforge.errors import RecipeError
 from ltxforge.recipe.json_schema import recipe_schema
 from ltxforge.recipe.parse import load, parse
 from ltxforge.recipe.schema import Recipe
+from ltxforge.specs import TINY
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "recipes").glob("*.toml"))
@@ -43,6 +44,14 @@ def test_the_rich_recipes_are_right_and_say_most_keys() -> None:
     for section in ("model", "training", "audio", "lora", "conditioning", "cache", "validation"):
         keys = Recipe.model_fields[section].annotation.model_fields
         assert {f"{section}.{key}" for key in keys} - said <= {"training.clip_norm", "validation.prompt"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_leave_no_doubt(path: Path) -> None:
+    """As they are, and with the small models of every wiring in the place of the real one."""
+    small = [name for name in TINY if name.startswith("tiny/ltx2") and path.stem.startswith("ltx2")]
+    for overrides in ([], *([f"model.base={name}"] for name in small)):
+        assert not load(path, overrides).warnings
 
 
 def test_a_parsed_file_knows_its_path_and_text() -> None:
