@@ -1,7 +1,6 @@
 """LTX-2's samples equal those of a stock diffusers pipeline made from the same parts, to the last bit."""
 
 import dataclasses
-import gc
 import weakref
 
 import numpy as np
@@ -116,14 +115,6 @@ def assert_equal(made, expected, prompt):
     assert made.sound.dtype == np.float32 and made.sound.shape[1] - count < 0.05 * made.sound_rate
     assert np.array_equal(made.sound[:, :count], sound[:, :count].numpy())
     assert not made.sound[:, count:].any() and made.sound.std() > 0.01
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cheap_collection():
-    """Each freed part is followed by a garbage collection, which would look at every imported module again."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
