@@ -110,7 +110,7 @@ def _measured(case: StepCase, hardware: Hardware, told: Told, stop: StopRequest)
     batch = synthetic_batch(case, model)
     told(f"{case.name}: {case.warmup_steps} + {case.steps} steps of {_tokens_told(batch)}")
     watch = StepWatch(device)
-    losses = _train(plan, model, batch, optimizer, watch, stop)
+    losses = train_watched(plan, model, batch, optimizer, watch, stop)
     if stop.requested:
         raise Stopped(stop.signal_number, f"stopped in the middle of {case.name}, which is not recorded")
     timed = slice(case.warmup_steps, None)
@@ -137,7 +137,7 @@ def _ignore(_event: Event) -> None:
     """Takes events that nobody needs."""
 
 
-def _train(
+def train_watched(
     plan: Plan, model: VideoModel, batch: Batch, optimizer: Optimizer, watch: StepWatch, stop: StopRequest
 ) -> list[float]:
     """The trainer's own loop, watched; each step's loss."""

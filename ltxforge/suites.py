@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ltxforge.errors import PlanError
 from ltxforge.modalities import has
 from ltxforge.recipe.faults import Fault, Key, short
+from ltxforge.recipe.keys import branches
 from ltxforge.recipe.locate import Source
 from ltxforge.recipe.parse import located, refusal, text_of
 from ltxforge.recipe.schema import Count, Fps, Name, Target
@@ -217,11 +218,17 @@ def _fault(key: Key, error: Mapping[str, Any]) -> Fault:
     if error["type"] == "value_error":
         what, _, hint = str(error["ctx"]["error"]).partition("; ")
         return Fault(key, f"{name} = {toml(value)} {what}", hint)
-    near = None
-    if isinstance(value, str) and typing.get_origin(item.annotation) is Literal:
-        near = nearest(value, typing.get_args(item.annotation))
+    if error["type"] == "too_short":
+        return Fault(key, f"{name} is empty", "at least one, or leave it out for the default")
+    near = nearest(value, _words(item.annotation)) if isinstance(value, str) else None
     told = expected(item.annotation, item.metadata)
     return Fault(key, f"{name} must be {told}, not {toml(value)}", f'did you mean "{near}"?' if near else "")
+
+
+def _words(annotation: Any) -> list[str]:
+    """The words that a key takes, if it takes words of a fixed list."""
+    literals = [kind for kind, _ in branches(annotation) if typing.get_origin(kind) is Literal]
+    return [word for literal in literals for word in typing.get_args(literal)]
 
 
 _EXAMPLES = {
