@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ltxforge import hardware, run, session
-from ltxforge.dataset import encode
+from ltxforge.dataset import cached
 from ltxforge.errors import DataError, PlanError, RecipeError, RunError
 from ltxforge.lora.inject import inject, load_adapter
 from ltxforge.lora.targets import match
@@ -272,7 +272,7 @@ def test_a_run_that_moves_keeps_its_data_and_says_that_bits_may_differ(here, cli
 def test_data_that_is_encoded_anew_is_the_same_data(here, clips, monkeypatch):
     """A release that encodes differently raises the version: every entry is made anew, and the run goes on."""
     start(ROOT / "recipes/quickstart.toml", *SMALL, "dataset.0.path=clips", "validation.every=0")
-    monkeypatch.setattr(encode, "LATENTS_VERSION", encode.LATENTS_VERSION + 1)
+    monkeypatch.setattr(cached, "LATENTS_VERSION", cached.LATENTS_VERSION + 1)
     settings = [*SMALL, "dataset.0.path=clips", "validation.every=0", "run.steps=4", "optimizer.decay_steps=4"]
     assert "finished" in start(ROOT / "recipes/quickstart.toml", *settings)
 
