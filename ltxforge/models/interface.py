@@ -199,6 +199,8 @@ class VideoModel(Protocol):
     ) -> Sample:
         """Make one sample by diffusers' own pipeline over this transformer; loads and frees the VAEs it needs.
 
+        May seed torch's default generators. Raises FloatingPointError where the sample's numbers are not finite.
+
         Args:
             prompts: the embeddings of the prompt's text, and of the negative one's where guidance uses it; for "both".
             image: the first frame, of the prompt's size, or None for text-to-video.

@@ -190,9 +190,9 @@ class LTX2Sampler:
         `Module.to` gives the parameters other storage and leaves the parameters themselves, which adapter and optimiser
         know by identity. A transformer that cannot come back ends the run, for nothing could be trained after it.
         """
-        nn.Module.to(self.transformer, "cpu")
-        release_memory(self.device)
         try:
+            nn.Module.to(self.transformer, "cpu")
+            release_memory(self.device)
             yield
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # what failed must not keep the memory

@@ -277,6 +277,30 @@ def test_a_frugal_sample_below_a_tile_is_the_ordinary_one_and_training_keeps_its
     assert all(id(after[name]) == known and torch.equal(after[name], value) for name, (known, value) in before.items())
 
 
+def test_another_storage_leaves_parameters_and_their_optimiser_together():
+    """What setting aside relies on, where there is no second device: the same call with another dtype."""
+    module = torch.nn.Linear(2, 2)
+    optimizer, known = torch.optim.AdamW(module.parameters()), [id(value) for value in module.parameters()]
+    torch.nn.Module.to(module, torch.float64)
+    module(torch.ones(1, 2, dtype=torch.float64)).sum().backward()
+    before = module.weight.detach().clone()
+    optimizer.step()
+    assert [id(value) for value in module.parameters()] == known and not torch.equal(module.weight, before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_device_the_transformer_goes_and_comes_back():
+    spec, cuda = distilled("tiny/ltx2.3"), torch.device("cuda")
+    model = LTX2Video(spec, spec.rope, tiny_parts(spec), cuda, torch.bfloat16)
+    model.load_transformer()
+    before = {name: (id(value), value.clone()) for name, value in model.transformer.named_parameters()}
+    prompts = embeddings(model)
+    ordinary, frugal = (make(model, prompt_for(model, frugal=frugal), prompts) for frugal in (False, True))
+    assert torch.equal(ordinary.latents.video, frugal.latents.video)
+    for name, value in model.transformer.named_parameters():
+        assert (id(value), value.device.type) == (before[name][0], "cuda") and torch.equal(value, before[name][1])
+
+
 @pytest.mark.parametrize("name", ["tiny/ltx2", "tiny/ltx2.3"])
 def test_tiles_change_the_picture_near_their_seam_only(name, record_property):
     """Within 256 pixels of a cut, and by under 8 of 255 levels on average, with decoders of random weights."""
