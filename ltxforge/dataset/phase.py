@@ -43,5 +43,6 @@ def weighed(what: str, weights: list[int]) -> str:
     """How many there are and what each weighs in the cache: "12 captions, 15.7 MB each at most"."""
     if not weights:
         return ""
-    each = f"{max(weights) / 1e6:.3g} MB each" + (" at most" if min(weights) < max(weights) else "")
-    return f"{len(weights)} {what}, {each}"
+    most = max(weights)
+    size = f"{most / 1e6:.3g} MB" if most >= 1e5 else f"{most / 1e3:.3g} kB"
+    return f"{len(weights)} {what}, {size} each" + (" at most" if min(weights) < most else "")

@@ -14,6 +14,7 @@ import torch
 from ltxforge.dataset import cached, encode
 from ltxforge.dataset.cache import Cache
 from ltxforge.dataset.encode_samples import SILENT_PEAK, is_silent
+from ltxforge.dataset.phase import weighed
 from ltxforge.durable import file_digest
 from ltxforge.errors import DataError
 from ltxforge.events import ClipJudged, Note, PhaseAdvanced, PhaseEnded, PhaseStarted
@@ -307,7 +308,7 @@ def test_prompts_are_made_for_what_is_trained_and_for_joint_samples(folder, make
     assert joint.tensors.keys() == {"video", "audio"}
     (told,) = [event.detail for event in events if isinstance(event, PhaseEnded) and event.phase == "prompts"]
     # [32 tokens, 8] in float32 are 1024 bytes.
-    assert told == "2 captions, 0.00102 MB each; 3 validation prompts, 0.00205 MB each"
+    assert told == "2 captions, 1.02 kB each; 3 validation prompts, 2.05 kB each"
 
 
 def test_connectors_and_what_is_kept_of_a_caption_are_in_a_prompt_s_key(folder, make):
@@ -350,8 +351,8 @@ def test_tiny_ltx2_caches_real_clips(test_data, make, fill, make_wav, tmp_path):
             mean = levels(plan, item)
             assert mean.shape == (length, width) and mean.isfinite().all() and mean.std() > 0.1
     details = {event.phase: event.detail for event in events if isinstance(event, PhaseEnded)}
-    assert details["audio"] == f"3 samples with sound, {length * width * 4 / 1e6:.3g} MB each"
-    assert details["latents"] == f"5 samples, {16 * 2 * 2 * 2 * 4 / 1e6:.3g} MB each"
+    assert details["audio"] == f"3 samples with sound, {length * width * 4 / 1e3:.3g} kB each"
+    assert details["latents"] == f"5 samples, {16 * 2 * 2 * 2 * 4 / 1e3:.3g} kB each"
 
 
 @pytest.mark.parametrize("name", ["tiny/ltx2", "tiny/ltx2.3"])
@@ -371,7 +372,7 @@ def test_a_caption_weighs_what_the_formula_says(name, modalities, folder, make, 
     }
     each = tokens * 4 * (width["video"] + width["audio"] if modalities == "both" else width[modalities])
     (told,) = [event.detail for event in events if isinstance(event, PhaseEnded) and event.phase == "prompts"]
-    assert told == f"2 captions, {each / 1e6:.3g} MB each"
+    assert told == f"2 captions, {each / 1e3:.3g} kB each"
 
 
 def test_a_stop_between_sounds_keeps_what_is_made(folder, make):
@@ -405,3 +406,9 @@ def test_the_meaning_of_an_audio_entry_changes_only_with_its_version(folder, mak
 def test_the_level_of_silence_is_80_dbfs():
     assert 20 * np.log10(SILENT_PEAK) == pytest.approx(-80)
     assert is_silent(np.full((2, 5), 0.9e-4, np.float32)) and not is_silent(np.array([[0, 0], [0, -1e-3]]))
+
+
+def test_weights_are_told_in_units_that_read_well():
+    assert weighed("captions", [15_728_640] * 12) == "12 captions, 15.7 MB each"
+    assert weighed("captions", [12_582_912, 6_000_000]) == "2 captions, 12.6 MB each at most"
+    assert weighed("samples", [768, 768]) == "2 samples, 0.768 kB each" and weighed("samples", []) == ""
