@@ -276,3 +276,35 @@ def test_the_verb_from_the_command_line(tmp_path):
 def test_tiny_specs_are_what_the_suite_calls_tiny():
     """The rule by which a CPU skips a case."""
     assert all(spec.tiny for spec in TINY.values()) and not any(spec.tiny for spec in suites.SPECS.values())
+
+
+def gpu_script(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OUT": ""}
+    return subprocess.run(
+        ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments], cwd=ROOT.parent, env=environment, capture_output=True,
+        text=True, encoding="utf-8", timeout=1200,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_the_gpu_script_refuses_a_suite_that_is_not_there():
+    result = gpu_script("results", "kernel")
+    assert result.returncode == 2 and "no suite bench/kernel.toml" in result.stderr
+
+
+@pytest.mark.sweep
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_the_gpu_script_runs_from_the_source_tree(tmp_path):
+    result = gpu_script(str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    cases = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))["cases"]
+    assert {case["outcome"] for case in cases} == {"measured", "skipped"}
+
+
+def test_committed_results_were_measured():
+    """What lies in bench/results/ is what the code writes: every measured case has its steps, and they add up."""
+    files = sorted((ROOT / "bench" / "results").glob("*/step.json"))
+    assert files
+    for path in files:
+        for entry in json.loads(path.read_text(encoding="utf-8"))["cases"]:
+            assert len(entry["step_seconds"]) == (entry["case"]["steps"] if entry["outcome"] == "measured" else 0)
