@@ -15,6 +15,8 @@ from ltxforge.models.sources import Source
 from ltxforge.models.trees import join
 from ltxforge.specs import ModelSpec, specs_of
 
+# The start of the names of all repositories where LTX-2 is published: whole files, split files and folders.
+_PUBLISHER = "Lightricks/LTX-2"
 _KINDS = {"dev": False, "distilled": True}
 
 
@@ -123,7 +125,7 @@ def _published_ltx2(found: Found) -> Clue | None:
     if tree is None:
         return None
     name = found.inside.rpartition("/")[2]
-    if tree.repository in {spec.hub.partition(":")[0] for spec in specs_of("ltx-2").values()} | {_SPLIT_REPOSITORY}:
+    if tree.repository.startswith(_PUBLISHER):
         named = {f"{tree.repository}:{found.inside}"} | ({tree.repository} if found.inside == "transformer" else set())
         for only in specs_of("ltx-2").values():
             if only.hub in named:
@@ -136,10 +138,6 @@ def _published_ltx2(found: Found) -> Clue | None:
         text = f"of a pipeline's two transformers this is the {'full' if name != 'transformer' else 'distilled'} one"
         return Clue(f"{text}: {found.where}", lambda spec: spec.distilled is (name == "transformer"))
     return None
-
-
-# Where 2.5's split files are published; its folder is a repository of its own.
-_SPLIT_REPOSITORY = "Lightricks/LTX-2.5"
 
 
 def _kinds_in(name: str) -> list[str]:

@@ -107,6 +107,8 @@ def find_all(sources: Sources, base: str, named: Mapping[str, str]) -> dict[str,
             where=transformer.where,
             remedy="Name a transformer of the base's own family, or another base.",
         )
+    if not transformer and not family:
+        told.raise_all()  # what the other parts would have to be is not known
     if (transformer.family if transformer else family) == "ltx-2":
         found |= components_ltx2.find_parts(sources, base, named, transformer, told)
     else:

@@ -103,8 +103,10 @@ class Repositories(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(tiny_folder):
-    handler = type("Handler", (Repositories,), {"root": tiny_folder()})
+def server(request, tiny_folder):
+    """`org/ltx` on this machine: LTX-Video, or the tiny model that a test names by `indirect`."""
+    root = tiny_folder(getattr(request, "param", "tiny/ltx-video"))
+    handler = type("Handler", (Repositories,), {"root": root})
     serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     serving.fetched = []
     threading.Thread(target=serving.serve_forever, daemon=True).start()
@@ -153,6 +155,20 @@ def test_digests_are_those_of_the_same_files_here(tmp_path, server, tiny_folder)
     for name, part in here["components"].items():
         assert part["digest"] == there["components"][name]["digest"], name
         assert part["bytes"] == there["components"][name]["bytes"], name
+
+
+@pytest.mark.parametrize("server", ["tiny/ltx2.5"], indirect=True)
+def test_ltx2_is_planned_from_headers_as_it_is_here(tmp_path, server, tiny_folder):
+    folder = tiny_folder("tiny/ltx2.5")
+    there, fetched = plan(tmp_path, address(server), "fetch", base="org/ltx")
+    here, _ = plan(tmp_path, address(server), base=str(folder))
+    assert there["version"] == here["version"] == "2.5-dev"
+    for name, part in here["components"].items():
+        for key in ("digest", "bytes"):
+            assert part[key] == there["components"][name][key], name
+        assert Path(fetched["components"][name]["location"]).is_dir()
+    only = plan(tmp_path, address(server), base=str(folder), audio_vae="org/ltx:audio_vae")[0]
+    assert only["components"]["audio_vae"]["inside"] == "audio_vae"
 
 
 def test_offline_a_cached_repository_works_and_another_is_told(tmp_path, server):

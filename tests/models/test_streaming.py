@@ -1,0 +1,65 @@
+"""Loading holds a file's tensors once: the peak of the process's memory, measured in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import LTX2VideoTransformer3DModel
+from safetensors.torch import save_file
+
+from ltxforge.specs import TINY
+
+MEASURE = """
+import json, pathlib, sys, torch
+from ltxforge.models.detect import plan_model
+from ltxforge.models.load import load_model
+
+def memory(what):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+plan = plan_model(**json.loads(sys.argv[1]))
+model = load_model(plan, torch.device("cpu"), torch.bfloat16)
+part = getattr(model._parts, sys.argv[2])
+torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = memory("VmRSS")
+module = part(torch.device("cpu"), torch.bfloat16)
+held = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+print(json.dumps({"peak": memory("VmHWM") - before, "held": held}))
+"""
+
+
+def big_transformer(path: Path, name: str, layers: int) -> int:
+    """A bf16 transformer of a real wiring, 1024 wide, some 50 MB per layer; its size in bytes."""
+    spec = TINY[name]
+    sizes = {
+        "num_attention_heads": 16, "attention_head_dim": 64, "audio_num_attention_heads": 16,
+        "audio_attention_head_dim": 32, "audio_cross_attention_dim": 512, "cross_attention_dim": 1024,
+        "num_layers": layers,
+    }  # fmt: skip
+    with torch.device("meta"):
+        shapes = LTX2VideoTransformer3DModel(**{**spec.transformer_config, **sizes}).state_dict()
+    tensors = {f"model.diffusion_model.{key}": torch.randn(value.shape).bfloat16() for key, value in shapes.items()}
+    config = {"transformer": {key: value for key, value in sizes.items() if key.endswith("heads")}}
+    save_file(tensors, path, metadata={"config": json.dumps(config)})
+    return path.stat().st_size
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read as Linux tells it")
+@pytest.mark.parametrize("layers", [2, pytest.param(8, marks=pytest.mark.sweep)])
+def test_the_peak_of_loading_is_the_file_once(tmp_path, tiny_folder, layers):
+    file = tmp_path / "ltx-2.safetensors"
+    size = big_transformer(file, "tiny/ltx2", layers)
+    recipe = {"base": str(tiny_folder("tiny/ltx2")), "transformer": str(file), "version": "2.0-dev"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, json.dumps(recipe), "transformer"],
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert 0.95 * size < told["held"] <= size
+    assert told["peak"] <= 1.15 * size, f"{told['peak'] / size:.2f} times the file"
