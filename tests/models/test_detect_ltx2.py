@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2VideoTransformer3DModel
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2VocoderWithBWE
 from safetensors.torch import load_file, save_file
 
 from ltxforge.digests import FileDigests
@@ -12,7 +14,7 @@ from ltxforge.errors import WeightsError
 from ltxforge.models.clues import published_clue
 from ltxforge.models.components import Sources
 from ltxforge.models.detect import plan_model
-from ltxforge.models.sources import parse_source
+from ltxforge.models.sources import parse_source, spec_of
 from ltxforge.models.trees import LocalTree
 from ltxforge.plan import ModelPlan, from_json, to_json
 from ltxforge.specs import SPECS, TINY
@@ -296,3 +298,49 @@ def test_where_it_is_published_decides_the_kind(tmp_path, tiny_folder, ltx2_file
     candidates = [spec for spec in SPECS.values() if spec.version[:3] == version(name)[:3]]
     clue = published_clue(candidates, parse_source("some/base"), found)
     assert [spec.version for spec in candidates if clue and clue.allows(spec)] == ([decided] if decided else [])
+
+
+@pytest.fixture
+def gemma_folder(tmp_path):
+    """`gemma_folder(kind)`: a text encoder of the published size, by its configuration; no weights behind it."""
+
+    def write(kind: str):
+        folder = tmp_path / kind
+        folder.mkdir()
+        sizes = {"hidden_size": 3840, "num_hidden_layers": 48}
+        (folder / "config.json").write_text(json.dumps({"model_type": kind, "text_config": sizes}), encoding="utf-8")
+        (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+        save_file({}, folder / "model.safetensors")
+        return folder
+
+    return write
+
+
+CLASSES = {
+    "transformer": LTX2VideoTransformer3DModel,
+    "vae": AutoencoderKLLTX2Video,
+    "audio_vae": AutoencoderKLLTX2Audio,
+    "connectors": LTX2TextConnectors,
+}
+
+
+@pytest.mark.parametrize(("generation", "kind"), [("2.0", "gemma3"), ("2.3", "gemma3"), ("2.5", "gemma4_unified")])
+def test_a_published_size_is_read_from_shapes_alone(tmp_path, lightricks, gemma_folder, generation, kind):
+    """Names and shapes by diffusers' classes; no metadata, no data."""
+    spec = SPECS[f"{generation}-dev"]
+    vocoder = LTX2VocoderWithBWE if "bwe_in_channels" in spec.vocoder_config else LTX2Vocoder
+    listing = {}
+    for part, made in {**CLASSES, "vocoder": vocoder}.items():
+        with torch.device("meta"):
+            module = made(**getattr(spec, f"{part}_config"))
+        for name, value in module.state_dict().items():
+            listing[lightricks.name(part, name)] = {"dtype": "BF16", "shape": value.shape, "data_offsets": [0, 0]}
+    file, text = tmp_path / "x.safetensors", json.dumps(listing).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    plan = plan_model(base=str(file), version=f"{generation}-dev", text_encoder=str(gemma_folder(kind)))
+    assert spec_of(plan) == spec
+    other = {"2.0": "2.3-dev", "2.3": "2.5-dev", "2.5": "2.0-dev"}[generation]
+    with pytest.raises(
+        WeightsError, match=f"the recipe says version {other}, but the transformer has audio modules, 48"
+    ):
+        plan_model(base=str(file), version=other, text_encoder=str(gemma_folder(f"{kind}_text")))
