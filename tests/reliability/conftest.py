@@ -1,7 +1,9 @@
 """Real runs of the tiny model in real processes, and what is compared of them: tensors, moments, logged numbers.
 
 `work` is a fresh folder with a recipe, in which `work.run()` and `work.start()` run ltxforge; `reference` is what an
-uninterrupted run of that recipe gave. Children come from `fork_server.py`. POSIX only.
+uninterrupted run of that recipe gave. Which model the recipe trains is `family`, which a test gives by parametrising
+it: LTX-Video unless it says "ltx2", whose recipe trains picture and sound of the same clips. Children come from
+`fork_server.py`. POSIX only.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import subprocess
 import sys
 import threading
 import time
+import wave
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PATIENCE_SECONDS = 120.0
 RECIPE = """
 [model]
-base = "tiny/ltx-video"
+base = "{base}"
 
 [run]
 seed = 7
@@ -56,21 +60,31 @@ dropout = 0.1
 [conditioning]
 first_frame = 0.5
 caption_dropout = 0.25
+{prompts}
 
 [checkpoint]
 every = 3
 keep = 2
 
 [validation]
-every = 8
+every = {validate_every}
 at_start = false
 steps = 2
 guidance = 1
+{guidance}
 
 [[validation.prompt]]
 name = "waves"
 prompt = "Waves of colour."
 """
+# What the recipe of a family says. A sample with sound costs as much as nine steps: who wants some asks for them.
+FAMILIES = {
+    "ltx-video": {"base": "tiny/ltx-video", "prompts": "", "validate_every": 8, "guidance": ""},
+    "ltx2": {
+        "base": "tiny/ltx2", "prompts": "prompt_tokens = 128", "validate_every": 0,
+        "guidance": "audio_guidance = 1\nstg = 0\nmodality_guidance = 1",
+    },
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -258,7 +272,10 @@ def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     }
 
 
-LOGGED = ("loss", "grad_norm", "learning_rate", "epoch", "sigma", "loss_by_sample")
+LOGGED = (
+    "loss", "grad_norm", "learning_rate", "epoch", "sigma", "loss_by_sample", "audio_loss", "audio_sigma",
+    "audio_loss_by_sample",
+)  # fmt: skip
 
 
 def outcome(run: Path, step: int = 12) -> dict[str, Any]:
@@ -308,9 +325,13 @@ def two_servers(servers: list[Server]) -> Iterator[list[Server]]:
     server.close()
 
 
+SOUND_RATE = 16000
+MUTE, SILENT, WITH_FILE_BESIDE = 0, 2, 3  # the other clips have a sound track alone
+
+
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five small clips with captions: seven windows of nine frames."""
+    """Five small clips with captions: seven windows of nine frames, of which five can be heard."""
     folder = tmp_path_factory.mktemp("user") / "clips"
     folder.mkdir()
     y, x = np.mgrid[:64, :64]
@@ -318,31 +339,66 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
         times = range(20 if number % 2 else 12)
         channels = [(x * (number + 1) + 4 * t, y * 3 + t * number, x + y + 9 * t * number) for t in times]
         frames = np.stack([np.stack(three, axis=-1) % 256 for three in channels]).astype(np.uint8)
-        write_video(folder / f"clip{number}.mp4", frames, 25, threads=1)
+        sound = None if number == MUTE else chirp(number) * (number != SILENT)
+        write_video(folder / f"clip{number}.mp4", frames, 25, threads=1, audio=sound, sample_rate=SOUND_RATE)
         (folder / f"clip{number}.txt").write_text(f"Moving waves, number {number}.\n", encoding="utf-8")
-        os.utime(folder / f"clip{number}.mp4", (1.7e9, 1.7e9))
+    write_wav(folder / f"clip{WITH_FILE_BESIDE}.wav", chirp(9))
+    for path in folder.iterdir():
+        os.utime(path, (1.7e9, 1.7e9))
     return folder
 
 
-def make_work(folder: Path, clips: Path, servers: list[Server]) -> Work:
-    """A folder with the recipe and a link to the clips."""
-    (folder / "recipe.toml").write_text(RECIPE, encoding="utf-8")
+def chirp(number: int) -> np.ndarray:
+    """A second of a rising tone, float32 [1, samples]; another one for each number."""
+    seconds = np.arange(SOUND_RATE, dtype=np.float32)[None] / SOUND_RATE
+    return 0.3 * np.sin(2 * np.pi * (100 * (number + 1) * seconds + 400 * seconds**2))
+
+
+def write_wav(path: Path, sound: np.ndarray) -> None:
+    """A mono sound file."""
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, SOUND_RATE, sound.shape[1], "NONE", ""))
+        file.writeframes((sound[0] * 32767).astype("<i2").tobytes())
+
+
+@pytest.fixture
+def family() -> str:
+    """Which model the recipe trains, where the test does not say."""
+    return "ltx-video"
+
+
+def make_work(folder: Path, family: str, clips: Path, servers: list[Server]) -> Work:
+    """A folder with the family's recipe and a link to the clips."""
+    (folder / "recipe.toml").write_text(RECIPE.format(**FAMILIES[family]), encoding="utf-8")
     (folder / "clips").symlink_to(clips)
     return Work(folder, servers)
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory, clips: Path, servers: list[Server]) -> Reference:
-    """The uninterrupted run of the recipe."""
-    work = make_work(tmp_path_factory.mktemp("reference"), clips, servers)
-    work.run()
-    return Reference(work.folder, outcome(work.out()))
+def reference_of(
+    tmp_path_factory: pytest.TempPathFactory, clips: Path, servers: list[Server]
+) -> Callable[[str], Reference]:
+    """Gives the uninterrupted run of a family's recipe, made when it is first asked for."""
+
+    @cache
+    def reference_of(family: str) -> Reference:
+        work = make_work(tmp_path_factory.mktemp("reference"), family, clips, servers)
+        work.run()
+        return Reference(work.folder, work.outcome())
+
+    return reference_of
 
 
 @pytest.fixture
-def fresh(tmp_path: Path, clips: Path, servers: list[Server]) -> Iterator[Work]:
+def reference(reference_of: Callable[[str], Reference], family: str) -> Reference:
+    """The uninterrupted run of the recipe."""
+    return reference_of(family)
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, family: str, clips: Path, servers: list[Server]) -> Iterator[Work]:
     """A folder with a recipe and an empty cache."""
-    work = make_work(tmp_path, clips, servers)
+    work = make_work(tmp_path, family, clips, servers)
     yield work
     work.end()
 
@@ -362,9 +418,9 @@ def finished(work: Work, reference: Reference) -> Work:
 
 
 @pytest.fixture
-def clean(tmp_path: Path, clips: Path, two_servers: list[Server]) -> Iterator[Work]:
+def clean(tmp_path: Path, family: str, clips: Path, two_servers: list[Server]) -> Iterator[Work]:
     """A folder with a recipe and an empty cache; processes that follow each other have different hash seeds."""
-    work = make_work(tmp_path, clips, two_servers)
+    work = make_work(tmp_path, family, clips, two_servers)
     yield work
     work.end()
 

@@ -13,7 +13,15 @@ import pytest
 import ltxforge
 
 
-@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGINT), (6, signal.SIGTERM), (8, signal.SIGHUP)])
+@pytest.mark.parametrize(
+    ("family", "step", "number"),
+    [
+        ("ltx-video", 1, signal.SIGINT),
+        ("ltx-video", 6, signal.SIGTERM),
+        ("ltx-video", 8, signal.SIGHUP),
+        ("ltx2", 5, signal.SIGTERM),
+    ],
+)
 def test_a_stop_changes_nothing(step, number, work, reference):
     stopped = work.run(code=128 + number, signal_at={"at": {"event": "StepDone", "step": step}, "signal": number})
     assert f"stopped at step {step} of 12" in stopped.text and "same command" in stopped.text
@@ -23,6 +31,7 @@ def test_a_stop_changes_nothing(step, number, work, reference):
     reference.require(work.out())
 
 
+@pytest.mark.parametrize("family", ["ltx-video", "ltx2"])
 def test_a_really_new_process_goes_on(work, reference):
     """Not forked: another interpreter with another hash seed, as a person starts it."""
     work.run(code=143, signal_at={"at": {"event": "StepDone", "step": 7}, "signal": signal.SIGTERM})
