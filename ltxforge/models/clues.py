@@ -102,10 +102,8 @@ def _has_two_transformers(found: Found) -> bool:
     )
 
 
-def published_clue(candidates: list[ModelSpec], base: Source, transformer: Found) -> Clue | None:
-    """Which of the versions a published name stands for, if exactly one."""
-    if transformer.family == "ltx-2":
-        return _published_ltx2(transformer)
+def published_clue(candidates: list[ModelSpec], base: Source) -> Clue | None:
+    """Which of LTX-Video's versions a published name stands for, if exactly one."""
     published = [spec for spec in candidates if spec.hub == _published_name(base)]
     if len(published) != 1:
         return None
@@ -119,8 +117,8 @@ def _published_name(base: Source) -> str:
     return f"{base.repository}:{base.inside}" if base.inside else base.repository
 
 
-def _published_ltx2(found: Found) -> Clue | None:
-    """By the folder's or file's name where LTX-2 is published, or by a pipeline's two folders of transformers."""
+def published_ltx2_clue(found: Found) -> Clue | None:
+    """Dev or distilled, by the name where LTX-2 is published, or by which of a pipeline's two transformers it is."""
     tree = found.tree
     if tree is None:
         return None

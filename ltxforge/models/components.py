@@ -28,7 +28,7 @@ from ltxforge.models.layout import (
 from ltxforge.models.layout_ltx2 import Part, part_of, vae_family
 from ltxforge.models.sources import PLAIN_COMPONENTS, Source, component_files, open_tree, parse_source
 from ltxforge.models.trees import Tree, join, read_json, whole_header
-from ltxforge.models.weights import Header, refuse_pickle
+from ltxforge.models.weights import Header, refuse_format
 from ltxforge.plan import ComponentPlan
 from ltxforge.specs import TINY, TINY_VERSION, ModelSpec
 
@@ -111,7 +111,7 @@ class Sources:
 
     def found(self, tree: Tree, inside: str, part: str) -> Found:
         """What lies at a place, by its header."""
-        refuse_pickle(inside, tree.describe(inside))
+        refuse_format(inside, tree.describe(inside))
         place = (tree.describe(inside), "" if tree.is_file(inside) else part)
         if place not in self.headers:
             self.headers[place] = whole_header(tree, inside)
@@ -169,7 +169,7 @@ def find_place(tree: Tree, name: str, own: bool, remedy: str) -> str:
     if "model_index.json" not in here and (lone or (own and here)):
         return join(tree.inside, lone[0]) if len(lone) == 1 and "config.json" not in here else tree.inside
     for file in here:
-        refuse_pickle(file, tree.describe(join(tree.inside, file)))
+        refuse_format(file, tree.describe(join(tree.inside, file)))
     raise WeightsError(
         f"has no {name}/ folder and no .safetensors file",
         where=tree.describe(tree.inside),

@@ -13,7 +13,15 @@ from pathlib import Path
 from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
 from ltxforge.models import components_ltx2
-from ltxforge.models.clues import Clue, published_clue, scheduler_clue, suggested, transformer_clues, vae_clue
+from ltxforge.models.clues import (
+    Clue,
+    published_clue,
+    published_ltx2_clue,
+    scheduler_clue,
+    suggested,
+    transformer_clues,
+    vae_clue,
+)
 from ltxforge.models.components import (
     FAMILY_NAMES,
     Found,
@@ -151,14 +159,17 @@ def _decide_ltx_video(
 def _decide_ltx2(
     sources: Sources, base: str, named: Mapping[str, str], found: Mapping[str, Found], claim: str | None
 ) -> tuple[ModelSpec, list[str], str]:
-    """Version, evidence and pipeline of an LTX-2 model: wiring tells 2.0, 2.3 and 2.5 apart, and no more."""
+    """Version, evidence and pipeline of an LTX-2 model.
+
+    Wiring tells 2.0, 2.3 and 2.5 apart; dev and distilled only a published name, the pipeline's scheduler or metadata.
+    """
     if base in TINY:
         spec, evidence = _decide_tiny(base, found, claim), [f"{base} is built in"]
     else:
-        its_own = "transformer" not in named
-        clue = scheduler_clue(found["scheduler"], found["transformer"]) if its_own else None
         transformer = found["transformer"]
-        spec, evidence = decide_version(transformer, found["vae"], sources.parse(base), claim, [clue] if clue else [])
+        of_scheduler = None if "transformer" in named else scheduler_clue(found["scheduler"], transformer)
+        more = [clue for clue in (published_ltx2_clue(transformer), of_scheduler) if clue]
+        spec, evidence = decide_version(transformer, found["vae"], sources.parse(base), claim, more)
     require_fit(spec, found)
     return spec, evidence, pipeline_class(sources, base)
 
@@ -201,7 +212,7 @@ def decide_version(
     if not candidates:
         _require_fitting_vae(of_transformer[0], vae)
     evidence = [clue.text for clue in clues + told]
-    if len(candidates) > 1 and (clue := published_clue(candidates, base, transformer)):
+    if len(candidates) > 1 and (clue := published_clue(candidates, base)):
         evidence.append(clue.text)
         candidates = [spec for spec in candidates if clue.allows(spec)]
     if len(candidates) > 1:

@@ -38,7 +38,7 @@ from huggingface_hub.errors import (
 from ltxforge.digests import FileDigests
 from ltxforge.errors import HubError, WeightsError
 from ltxforge.models.trees import LocalTree, Tree
-from ltxforge.models.weights import Header, TensorEntry, read_header, refuse_pickle
+from ltxforge.models.weights import Header, TensorEntry, read_header, refuse_format
 from ltxforge.specs import SPECS
 
 TIMEOUT_SECONDS = 20.0
@@ -82,7 +82,7 @@ class HubTree:
             return Path(hf_hub_download(self.repository, path, revision=self.revision)).read_bytes()
 
     def header(self, path: str) -> Header:
-        refuse_pickle(path, self.describe(path))
+        refuse_format(path, self.describe(path))
         if (local := self.local(path)) is not None:
             return read_header(local)
         with told(self.repository):

@@ -30,9 +30,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ltxforge.errors import WeightsError
+from ltxforge.models.formats import is_companion
 from ltxforge.models.layout_ltx2 import PACKED_CONFIG, PACKED_TOKENIZER, language_model
 from ltxforge.models.parts import cast
-from ltxforge.models.tensors import read_tensor, read_tensors
+from ltxforge.models.tensors import NAMED_IN_ERRORS, read_tensor, read_tensors
 from ltxforge.models.weights import Header, read_header
 
 Gemma = Gemma3ForConditionalGeneration | Gemma4UnifiedForConditionalGeneration
@@ -64,10 +65,26 @@ def load_gemma(
 
 def _from_folder(kind: type, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     with _quiet_transformers():
-        module = kind.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, device_map={"": str(device)}
-        )
+        module, told = kind.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, device_map={"": str(device)},
+            output_loading_info=True,
+        )  # fmt: skip
+    _require_whole(told, str(folder))
+    if scaled := [name for name in told["unexpected_keys"] if is_companion(name)]:
+        raise WeightsError(f"is a quantised text encoder ({scaled[0]})", where=str(folder), remedy="Use the bf16 one.")
     return cast(module.eval(), device, dtype)
+
+
+def _require_whole(told: Mapping[str, Any], where: str) -> None:
+    """Refuse an encoder of which transformers would have made up a part."""
+    # Gemma's head is its embedding, which is stored once; nothing asks it anything.
+    wrong = sorted({*told["missing_keys"], *(each[0] for each in told["mismatched_keys"])} - {"lm_head.weight"})
+    if wrong:
+        raise WeightsError(
+            f"tensors do not fit the text encoder's configuration: {', '.join(wrong[:NAMED_IN_ERRORS])}",
+            where=where,
+            remedy="The file is incomplete or of another model; download it again or name another.",
+        )
 
 
 def _packed_gemma(path: Path, header: Header, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -79,10 +96,7 @@ def _packed_gemma(path: Path, header: Header, device: torch.device, dtype: torch
         module, told = Gemma4UnifiedForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
-    missing = set(told["missing_keys"]) - {"lm_head.weight"}  # the head is the embedding, and stored once
-    if missing or told["unexpected_keys"] or told["mismatched_keys"]:
-        wrong = sorted({*missing, *told["unexpected_keys"], *(each[0] for each in told["mismatched_keys"])})
-        raise WeightsError(f"its tensors do not fit its configuration: {', '.join(wrong[:6])}", where=str(path))
+    _require_whole(told, str(path))
     return cast(module.eval(), device, dtype)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
-from ltxforge.models.weights import Header, read_header, refuse_pickle
+from ltxforge.models.weights import Header, read_header, refuse_format
 
 WEIGHT_ENDINGS = ("safetensors", "safetensors.index.json")
 
@@ -136,7 +136,7 @@ def weight_files(tree: Tree, folder: str) -> list[str]:
             remedy="Name one file instead of the folder.",
         )
     for name in names:
-        refuse_pickle(name, tree.describe(join(folder, name)))
+        refuse_format(name, tree.describe(join(folder, name)))
     raise WeightsError("holds no .safetensors file", where=where)
 
 

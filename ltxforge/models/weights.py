@@ -55,7 +55,7 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """The header of a local file. Raises WeightsError if the file is no whole safetensors file."""
-    refuse_pickle(path.name, str(path))
+    refuse_format(path.name, str(path))
     try:
         with path.open("rb") as file:
             return _read(file, path.stat().st_size, str(path))
@@ -63,10 +63,16 @@ def read_header(path: Path) -> Header:
         raise WeightsError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
 
 
-def refuse_pickle(name: str, where: str) -> None:
-    """Refuse a weights file whose format can run code."""
+def refuse_format(name: str, where: str) -> None:
+    """Refuse a weights file in a format that can run code, or that holds packed numbers alone."""
     if name.lower().endswith(PICKLE_ENDINGS):
         raise WeightsError("weights in a pickle format are not read", where=where, remedy=PICKLE_REMEDY)
+    if name.lower().endswith(".gguf"):
+        raise WeightsError(
+            "is a GGUF file, whose weights are packed in few bits, and a base must be the full weights",
+            where=where,
+            remedy="Use the bf16 .safetensors file of the same model.",
+        )
 
 
 def _read(file: BinaryIO, size: int, where: str) -> Header:

@@ -266,6 +266,13 @@ def test_pickles_are_refused(tmp_path, tiny_folder):
         plan_model(base=str(copy), version="0.9.5")
 
 
+def test_gguf_files_are_refused_by_name(tmp_path):
+    file = tmp_path / "ltx-2.3-22b-dev-Q5_K_S.gguf"
+    file.write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(WeightsError, match="packed in few bits"):
+        plan_model(base=str(file))
+
+
 HEADERS = {
     "empty": b"",
     "short": b"\x08\x00",

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
-from ltxforge.models.clues import published_clue
+from ltxforge.models.clues import published_ltx2_clue
 from ltxforge.models.components import Sources
 from ltxforge.models.detect import plan_model
-from ltxforge.models.sources import parse_source, spec_of
+from ltxforge.models.sources import spec_of
 from ltxforge.models.trees import LocalTree
 from ltxforge.plan import ModelPlan, from_json, to_json
 from ltxforge.specs import SPECS, TINY
@@ -108,6 +108,10 @@ def test_two_transformers_and_one_scheduler(tmp_path, tiny_folder):
     assert full.components["transformer"].location == str(home / "transformer_full")
     assert full.components["vae"].location == str(home / "vae")
     assert distilled.components["scheduler"].kind == "folder" and full.components["scheduler"].kind == "builtin"
+    with pytest.raises(
+        WeightsError, match=r"says version 2\.5-dev, but of a pipeline's two transformers this is the dis"
+    ):
+        plan_model(base=str(home), version="2.5-dev")
     named = plan_model(base=str(home), transformer=str(home / "transformer_full"))
     assert (named.version, named.components["scheduler"].kind) == ("2.5-dev", "builtin")
 
@@ -296,7 +300,7 @@ def test_where_it_is_published_decides_the_kind(tmp_path, tiny_folder, ltx2_file
     tree = LocalTree(tmp_path, inside, repository=repository, revision="0" * 40)
     found = Sources(FileDigests()).found(tree, inside, "transformer")
     candidates = [spec for spec in SPECS.values() if spec.version[:3] == version(name)[:3]]
-    clue = published_clue(candidates, parse_source("some/base"), found)
+    clue = published_ltx2_clue(found)
     assert [spec.version for spec in candidates if clue and clue.allows(spec)] == ([decided] if decided else [])
 
 

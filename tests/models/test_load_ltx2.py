@@ -1,6 +1,7 @@
 """LTX-2's weights: folders, single files, split files and fp8, against the tensors that were saved."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -217,3 +218,18 @@ def test_planning_a_file_reads_no_tensor_and_no_network(tiny_folder, ltx2_file):
     asked = {"base": str(ltx2_file()), "version": "2.0-dev", "text_encoder": str(tiny_folder("tiny/ltx2"))}
     done = subprocess.run([sys.executable, "-c", code, json.dumps(asked)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["tiny/ltx2", "tiny/ltx2.5"])
+def test_a_text_encoder_is_never_made_up_in_part(tmp_path, tiny_folder, name):
+    """transformers fills what is missing with random numbers, and only warns."""
+    encoder = tmp_path / "encoder"
+    shutil.copytree(tiny_folder(name) / "text_encoder", encoder)
+    tensors = load_file(encoder / "model.safetensors")
+    lost = next(key for key in tensors if key.endswith("layers.1.mlp.up_proj.weight"))
+    del tensors[lost]
+    save_file(tensors, encoder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(tiny_folder(name) / "tokenizer", tmp_path / "tokenizer")
+    plan = plan_model(base=str(tiny_folder(name)), text_encoder=str(encoder))
+    with pytest.raises(WeightsError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        made(plan, "text_encoder")
