@@ -178,6 +178,23 @@ def test_gemma_and_the_connectors_take_turns_and_are_freed(name):
     assert watched.alive() == []
 
 
+def test_nothing_is_held_when_memory_is_given_back_to_the_device(monkeypatch):
+    watched, held = Watched("tiny/ltx2"), []
+
+    def give_back(_device: torch.device) -> None:
+        gc.collect()
+        held.append(watched.alive())
+
+    monkeypatch.setattr(ltx2_video, "release_memory", give_back)
+    model = make("tiny/ltx2", watched.parts)
+    list(model.encode_prompts(WANTED, TOKENS))
+    with model.vae():
+        pass
+    with model.audio_vae():
+        pass
+    assert held == [[]] * 4
+
+
 def test_an_iterator_that_is_closed_early_frees_what_it_holds():
     watched = Watched("tiny/ltx2.3")
     model = make("tiny/ltx2.3", watched.parts)
