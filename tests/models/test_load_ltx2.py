@@ -14,7 +14,9 @@ from ltxforge.errors import WeightsError
 from ltxforge.models import ltx2_tiny
 from ltxforge.models.audio_features import MelSettings
 from ltxforge.models.detect import plan_model
+from ltxforge.models.interface import WantedPrompt
 from ltxforge.models.load import load_model
+from ltxforge.models.ltx2_video import LTX2Video
 from ltxforge.models.sources import spec_of
 from ltxforge.models.tensors import fill
 from ltxforge.specs import TINY
@@ -233,3 +235,29 @@ def test_a_text_encoder_is_never_made_up_in_part(tmp_path, tiny_folder, name):
     plan = plan_model(base=str(tiny_folder(name)), text_encoder=str(encoder))
     with pytest.raises(WeightsError, match=r"layers\.1\.mlp\.up_proj\.weight"):
         made(plan, "text_encoder")
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_the_model_reads_and_hears_as_the_built_in_one(tiny_folder, ltx2_file, form):
+    """From files and built in: the same embeddings and latents, to the last bit."""
+    name = "tiny/ltx2.3"
+    plans = [plan_of(name, kind, tiny_folder, ltx2_file) for kind in (form, "builtin")]
+    models = [load_model(plan, CPU, torch.float32, modalities="both") for plan in plans]
+    assert {type(model) for model in models} == {LTX2Video}
+    wanted = [WantedPrompt("a red fox", "both")]
+    prompts = [found.tensors for model in models for found in model.encode_prompts(wanted, 128)]
+    sounds = []
+    for model in models:
+        with model.audio_vae():
+            sounds.append(model.encode_sound(torch.linspace(-1, 1, 16000).expand(2, -1).sin(), 25))
+    assert torch.equal(sounds[0].mean, sounds[1].mean) and sounds[0].mean.shape[0] == 25
+    for modality in ("video", "audio"):
+        assert torch.equal(prompts[0][modality], prompts[1][modality])
+
+
+def test_built_in_text_encoders_serve_files_of_their_size(ltx2_file):
+    plan = plan_model(base=str(ltx2_file()), version="2.0-dev", text_encoder="tiny/ltx2")
+    assert plan.components["text_encoder"].kind == "builtin"
+    assert spec_of(plan).connectors_config == TINY["tiny/ltx2"].connectors_config
+    with pytest.raises(WeightsError, match="is a Gemma 4"):
+        plan_model(base=str(ltx2_file()), version="2.0-dev", text_encoder="tiny/ltx2.5")
