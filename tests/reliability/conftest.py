@@ -209,7 +209,8 @@ class Work:
     def start(
         self, *sets: str, out: str = "run", verb: str = "run", environment: dict[str, str] | None = None, **hooks: Any
     ) -> Child:
-        """Start ltxforge with `--set` for each of `sets`; hooks are `signal_at` and `die_in` of the fork server.
+        """Start ltxforge with `--set` for each of `sets`; hooks are `signal_at`, `die_in` and `constants` of the fork
+        server.
 
         With several servers, processes that follow each other have different hash seeds, so that no result can depend
         on the order of a set.

@@ -105,8 +105,12 @@ def start(
     environment: dict[str, str],
     signal_at: dict[str, Any] | None = None,
     die_in: list[Any] | None = None,
+    constants: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Fork a child that runs `ltxforge <arguments>` in `folder`; returns its process id."""
+    """Fork a child that runs `ltxforge <arguments>` in `folder`; returns its process id.
+
+    `constants` sets constants of modules in the child: {module: {name: value}}.
+    """
     assert threading.active_count() == 1, "a process with threads must not fork"
     pid = os.fork()
     if pid:
@@ -120,6 +124,10 @@ def start(
         sys.argv = ["ltxforge", *arguments]
         if signal_at:
             ltxforge.run.EventLog = functools.partial(SignallingLog, signal_at)
+        for module, values in (constants or {}).items():
+            for name, value in values.items():
+                assert hasattr(sys.modules[module], name)
+                setattr(sys.modules[module], name, value)
         if die_in:
             sys.setprofile(DeathBeforeCall(*die_in))
         code = exit_status()

@@ -7,6 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import av
 import pytest
 
 STOP_AT_5 = {"at": {"event": "StepDone", "step": 5}, "signal": signal.SIGTERM}
@@ -54,7 +55,40 @@ def one_clip_less(work):
     (own_clips(work) / "clip4.mp4").unlink()
 
 
+def other_sound_beside(work):
+    folder = own_clips(work)
+    sound = bytearray((folder / "clip3.wav").read_bytes())
+    sound[1000] ^= 1
+    (folder / "clip3.wav").write_bytes(sound)
+
+
+def no_sound_beside(work):
+    """Its own track comes into its right."""
+    (own_clips(work) / "clip3.wav").unlink()
+
+
+def sound_beside_a_mute_clip(work):
+    folder = own_clips(work)
+    shutil.copyfile(folder / "clip3.wav", folder / "clip0.wav")
+
+
+def lost_track(work):
+    """The same picture, bit for bit, in a file without the sound track."""
+    folder = own_clips(work)
+    with av.open(folder / "clip1.mp4") as old, av.open(folder / "mute.mp4", "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    (folder / "mute.mp4").replace(folder / "clip1.mp4")
+
+
 EVERY_CLIP = {f"data: clip{n}.mp4" for n in range(5)}
+
+
+WITHOUT_SOUND = {"audio.loss_weight", "audio.sigma", "lora.modalities", "training.modalities"}
+PARTS = ("transformer", "vae", "audio_vae", "vocoder", "connectors", "text_encoder", "tokenizer", "scheduler")
 
 
 @pytest.mark.parametrize(
@@ -77,6 +111,32 @@ EVERY_CLIP = {f"data: clip{n}.mp4" for n in range(5)}
     ],
 )
 def test_another_recipe_or_other_data_is_refused_by_name(change, fields, finished):
+    require_refused(change, fields, finished)
+
+
+@pytest.mark.parametrize("family", ["ltx2"])
+@pytest.mark.parametrize(
+    ("change", "fields"),
+    [
+        ("audio.sigma=shared", {"audio.sigma"}),
+        ("audio.loss_weight=0", {"audio.loss_weight"}),
+        ("training.modalities=video", WITHOUT_SOUND | EVERY_CLIP - {"data: clip0.mp4"}),
+        ("lora.modalities=video", {"lora.modalities"}),
+        ("cache.text_cache=features", {"cache.text"}),
+        ("conditioning.prompt_tokens=256", {"conditioning.prompt_tokens"}),
+        ("model.base=tiny/ltx2.3", {"model.version", *(f"model.components.{part}.digest" for part in PARTS)}),
+        (other_sound_beside, {"data: clip3.mp4"}),
+        (no_sound_beside, {"data: clip3.mp4"}),
+        (sound_beside_a_mute_clip, {"data: clip0.mp4"}),
+        (lost_track, {"data: clip1.mp4"}),
+    ],
+)
+def test_other_sound_is_another_run(change, fields, finished):
+    require_refused(change, fields, finished)
+
+
+def require_refused(change, fields, finished):
+    """The run goes on for no change of these; every field that differs is named, and no file has changed."""
     before, log = content(finished.out()), (finished.out() / "events.jsonl").read_bytes()
     sets = [change] if isinstance(change, str) else []
     if callable(change):
@@ -88,12 +148,13 @@ def test_another_recipe_or_other_data_is_refused_by_name(change, fields, finishe
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("family", "change"),
     [
-        ["run.steps=12", "checkpoint.every=2", "checkpoint.keep=5"],
-        ["validation.every=6", "validation.seed=3", "validation.at_start=true"],
-        ["memory.checkpointing=true"],
-        pytest.param(["lora.save_precision=bf16", "run.max_rejected=0.5"], marks=pytest.mark.sweep),
+        ("ltx-video", ["run.steps=12", "checkpoint.every=2", "checkpoint.keep=5"]),
+        ("ltx-video", ["validation.every=6", "validation.seed=3", "validation.at_start=true"]),
+        ("ltx-video", ["memory.checkpointing=true"]),
+        pytest.param("ltx-video", ["lora.save_precision=bf16", "run.max_rejected=0.5"], marks=pytest.mark.sweep),
+        ("ltx2", ["validation.every=12", "validation.frugal=true", "memory.checkpointing=true"]),
     ],
 )
 def test_free_fields_may_change(change, work, reference):
@@ -102,6 +163,7 @@ def test_free_fields_may_change(change, work, reference):
     reference.require(work.out())
 
 
+@pytest.mark.parametrize("family", ["ltx-video", "ltx2"])
 def test_more_steps_continue_a_finished_run(work):
     """As if it had been planned so, where the schedule does not depend on the length."""
     constant = ("optimizer.schedule=constant", "validation.every=0")
@@ -170,6 +232,7 @@ def test_a_directory_without_a_checkpoint_holds_nothing_to_lose(work, reference)
     reference.require(work.out())
 
 
+@pytest.mark.parametrize("family", ["ltx-video", "ltx2"])
 def test_everything_may_move(work, reference):
     """Run directory, cache, recipe and clips in other folders, under other names."""
     work.run(code=143, signal_at=STOP_AT_5)

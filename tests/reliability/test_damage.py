@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import signal
 
@@ -118,17 +119,21 @@ def test_a_torn_line_in_the_log_costs_that_line_alone(work, reference):
     reference.require(work.out())
 
 
+ALL_DAMAGE = (flip, cut, blank, delete, "another's content")
+USUAL = {
+    ("ltx-video", "latents", flip), ("ltx-video", "latents", "another's content"), ("ltx-video", "prompts", delete),
+    ("ltx2", "audio", flip), ("ltx2", "audio", "another's content"), ("ltx2", "prompts", flip),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("damage", "kind"),
+    ("family", "kind", "damage"),
     [
-        (flip, "latents"),
-        ("another's content", "latents"),
-        (delete, "prompts"),
-        *(
-            pytest.param(damage, kind, marks=pytest.mark.sweep)
-            for damage, kind in [(cut, "latents"), (blank, "latents"), (delete, "latents"), (flip, "prompts")]
-        ),
-        *(pytest.param(damage, "prompts", marks=pytest.mark.sweep) for damage in (cut, blank, "another's content")),
+        pytest.param(*case, marks=() if case in USUAL else pytest.mark.sweep)
+        for case in itertools.chain(
+            itertools.product(["ltx-video"], ["latents", "prompts"], ALL_DAMAGE),
+            itertools.product(["ltx2"], ["audio", "prompts"], ALL_DAMAGE),
+        )
     ],
 )
 def test_a_damaged_cache_entry_is_made_again(damage, kind, work, reference):
@@ -147,11 +152,12 @@ def test_a_damaged_cache_entry_is_made_again(damage, kind, work, reference):
     reference.require(work.out())
 
 
-def test_an_entry_that_goes_bad_while_training_stops_the_run(work, reference):
+@pytest.mark.parametrize(("family", "kind"), [("ltx-video", "latents"), ("ltx2", "audio")])
+def test_an_entry_that_goes_bad_while_training_stops_the_run(kind, work, reference):
     """It is noticed at the read, not trained on; the next start makes it again."""
     child = work.start(signal_at={"at": {"event": "StepDone", "step": 4}, "signal": signal.SIGSTOP})
     child.until(lambda: len(work.events("StepDone")) == 4, "step 4")
-    for path in (work.folder / "cache" / "latents").rglob("*.safetensors"):
+    for path in (work.folder / "cache" / kind).rglob("*.safetensors"):
         flip(path)
     child.go_on()
     child.require(65)

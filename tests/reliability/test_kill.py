@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 
 import pytest
 
@@ -13,6 +14,7 @@ def kill_at(**event):
     return {"at": event, "signal": signal.SIGKILL}
 
 
+@pytest.mark.parametrize("family", ["ltx-video", "ltx2"])
 @pytest.mark.parametrize(
     ("event", "goes_on_from"),
     [
@@ -40,21 +42,29 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(work, reference):
     reference.require(work.out())
 
 
-def test_an_interrupted_caching_goes_on_where_it_stopped(fresh, reference):
-    fresh.run(code=KILLED, signal_at=kill_at(event="PhaseAdvanced", phase="latents", done=3))
+@pytest.mark.parametrize(
+    ("family", "phase", "done", "whole"),
+    [
+        ("ltx-video", "latents", {"latents": 3}, {"latents": 7}),
+        ("ltx2", "prompts", {"prompts": 4}, {"prompts": 7, "latents": 7, "audio": 6}),
+        ("ltx2", "audio", {"prompts": 7, "latents": 7, "audio": 3}, {"prompts": 7, "latents": 7, "audio": 6}),
+    ],
+)
+def test_an_interrupted_caching_goes_on_where_it_stopped(phase, done, whole, fresh, reference):
+    fresh.run(code=KILLED, signal_at=kill_at(event="PhaseAdvanced", phase=phase, done=done[phase]))
     before = entries(fresh.folder / "cache")
-    assert len([path for path in before if "latents" in path]) == 3 and any("prompts" in path for path in before)
+    assert done.items() <= Counter(kind for kind, _ in before).items()
     fresh.run()
     after = entries(fresh.folder / "cache")
     assert {path: after[path] for path in before} == before, "a finished entry was made again"
-    assert len([path for path in after if "latents" in path]) == 7
+    assert whole.items() <= Counter(kind for kind, _ in after).items()
     reference.require(fresh.out())
 
 
 def entries(cache):
-    """Every entry's inode and time of writing."""
-    found = [path for kind in ("latents", "prompts") for path in (cache / kind).rglob("*.safetensors")]
-    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+    """Every entry's inode and time of writing, by kind and name."""
+    found = [path for kind in ("latents", "audio", "prompts") for path in (cache / kind).rglob("*.safetensors")]
+    return {(path.parts[-3], path.name): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
 
 
 def test_leftovers_of_kills_are_swept(work):

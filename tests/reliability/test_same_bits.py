@@ -10,19 +10,29 @@ from pathlib import Path
 
 import pytest
 
+EVERY_GUIDANCE = (
+    "validation.guidance=3", "validation.audio_guidance=3", "validation.stg=1", "validation.modality_guidance=2",
+)  # fmt: skip
+
 
 @pytest.mark.parametrize(
-    "sets",
+    ("family", "sets"),
     [
-        pytest.param(["validation.every=8"], marks=pytest.mark.sweep),
-        ["validation.every=5", "validation.at_start=true", "validation.guidance=3"],
-        ["memory.checkpointing=true"],
-        pytest.param(["checkpoint.every=1", "checkpoint.keep=2"], marks=pytest.mark.sweep),
-        pytest.param(["memory.checkpointing=2"], marks=pytest.mark.sweep),
+        pytest.param("ltx-video", ["validation.every=8"], marks=pytest.mark.sweep),
+        ("ltx-video", ["validation.every=5", "validation.at_start=true", "validation.guidance=3"]),
+        ("ltx-video", ["memory.checkpointing=true"]),
+        pytest.param("ltx-video", ["checkpoint.every=1", "checkpoint.keep=2"], marks=pytest.mark.sweep),
+        pytest.param("ltx-video", ["memory.checkpointing=2"], marks=pytest.mark.sweep),
+        ("ltx2", ["validation.every=9", "validation.at_start=true", *EVERY_GUIDANCE]),
+        ("ltx2", ["validation.every=7", "validation.frugal=true"]),
+        ("ltx2", ["memory.checkpointing=true"]),  # dropout is on
+        pytest.param("ltx2", ["memory.checkpointing=2"], marks=pytest.mark.sweep),
+        ("ltx2", ['cache.text_cache="features"']),
     ],
 )
 def test_what_surrounds_training_changes_no_bit(sets, work, reference):
-    work.run(*sets)
+    shown = work.run(*sets)
+    assert "no sample" not in shown.text
     reference.require(work.out())
 
 
@@ -51,7 +61,37 @@ def drain(descriptor: int, into: bytearray) -> None:
         pass
 
 
+@pytest.mark.parametrize("modality", ["video", "audio"])
+@pytest.mark.parametrize("family", ["ltx2"])
+def test_one_modality_alone_is_stopped_and_resumed(modality, work):
+    """The other one is nowhere: not in the cache, not in the adapter, not in the log."""
+    sets = (f"training.modalities={modality}", "run.steps=5", 'cache.directory="alone"')
+    work.run(*sets, out="whole")
+    work.run(*sets, code=143, signal_at={"at": {"event": "StepDone", "step": 2}, "signal": 15})
+    assert "resumed     after step 2," in work.run(*sets).text
+    outcome = work.outcome(step=5)
+    assert outcome == work.outcome("whole", step=5)
+    names = [name for name in outcome if "diffusion_model" in name]
+    assert names and {"audio_attn" in name for name in names} == {modality == "audio"}
+    assert (work.folder / "alone/audio").exists() == (modality == "audio")
+    assert (work.folder / "alone/latents").exists() == (modality == "video")
+    alone = {event["audio_loss"] == event["loss"] for event in work.events("StepDone")}
+    assert alone == {modality == "audio"}
+
+
+@pytest.mark.parametrize("family", ["ltx2"])
+def test_picture_and_sound_are_both_trained_where_both_are(reference):
+    """What the other tests compare: steps with sound and, because of first frames and mute clips, sums of different
+    lengths.
+    """
+    steps = [value for name, value in reference.outcome.items() if name.endswith(" audio_loss_by_sample")]
+    assert len(steps) == 12 and {len(each) for each in steps} >= {2, 3}
+    names = "".join(reference.outcome)
+    assert all(part in names for part in (".attn1.", ".audio_attn1.", ".audio_to_video_attn.", ".video_to_audio_attn."))
+
+
 @pytest.mark.sweep
+@pytest.mark.parametrize("family", ["ltx-video", "ltx2"])
 def test_the_built_in_clips_stopped_and_resumed(fresh):
     """The quickstart's data: rendered, cached, stopped, resumed, compared with a run that was not stopped."""
     fresh.change('path = "clips"', 'path = "builtin/shapes"')
@@ -62,6 +102,7 @@ def test_the_built_in_clips_stopped_and_resumed(fresh):
     assert fresh.outcome(step=5) == fresh.outcome("whole", step=5)
 
 
+@pytest.mark.parametrize("family", ["ltx-video", pytest.param("ltx2", marks=pytest.mark.sweep)])
 def test_the_user_s_files_stay_as_they_are(fresh):
     """Bytes, times, modes and names, with a clip and a caption that are refused among them."""
     link = fresh.folder / "clips"

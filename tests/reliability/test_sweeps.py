@@ -24,8 +24,9 @@ QUICK = ("validation.every=0",)
 KILLED = -signal.SIGKILL
 
 
+@pytest.mark.parametrize("family", ["ltx-video", "ltx2"])
 @pytest.mark.parametrize("half", [0, 1])
-def test_stopped_after_every_step(half, primed, reference, count):
+def test_stopped_after_every_step(half, family, primed, reference, count):
     points = range(1 + half, 12, 2)
     for step in points:
         out = f"stopped-{step}"
@@ -34,14 +35,16 @@ def test_stopped_after_every_step(half, primed, reference, count):
         resumed = primed.run(*QUICK, out=out)
         assert f"resumed     after step {step}," in resumed.text
         reference.require(primed.out(out))
-    count(f"stop after a step and resume in a new process: {len(points)} of {len(points)} runs bit-identical")
+    count(f"{family}: stop after a step, resume in a new process: {len(points)} of {len(points)} runs bit-identical")
 
 
 LONG = ("run.steps=30", "validation.every=12", "optimizer.warmup_steps=3")
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3, 4])
-def test_killed_at_random_moments(seed, clean, count):
+@pytest.mark.parametrize(
+    ("family", "seed"), [*(("ltx-video", seed) for seed in (1, 2, 3, 4)), *(("ltx2", seed) for seed in (1, 2, 3))]
+)
+def test_killed_at_random_moments(family, seed, clean, count):
     """Restarted until it is done, and again, until at least ten kills have hit a living run. Caching included."""
     draw = random.Random(seed)
     began = time.monotonic()
@@ -66,9 +69,38 @@ def test_killed_at_random_moments(seed, clean, count):
             hit[phases[-1] if phases else "start"] += 1
         assert clean.outcome(out, step=30) == wanted
     count(
-        f"SIGKILL at random moments, seed {seed}: {kills} kills and restarts in {rounds} runs of 30 steps (last phase"
+        f"{family}: SIGKILL at random moments, seed {seed}: {kills} kills and restarts in {rounds} runs of 30 steps (last phase"
         f" begun: {', '.join(f'{phase} {times}' for phase, times in hit.items())}), 0 manual steps, 0 differing bits"
     )
+
+
+@pytest.mark.parametrize("family", ["ltx2"])
+@pytest.mark.parametrize("phase", ["prompts", "latents", "audio"])
+def test_killed_at_random_moments_of_caching(phase, family, clean, count):
+    """Six times in a row, each time somewhere in what is left of the phase; then no entry is missing or damaged."""
+    short, draw = ("run.steps=3", "validation.every=0"), random.Random(phase)
+    clean.run(*short, 'cache.directory="cache-whole"', out="whole")
+    wanted = clean.outcome("whole", step=3)
+    [length] = [event["seconds"] for event in clean.events("PhaseEnded", "whole") if event["phase"] == phase]
+    kills = 0
+    for _ in range(6):
+        begun = len(phases_begun(clean, phase))
+        child = clean.start(*short)
+        child.until(lambda begun=begun: len(phases_begun(clean, phase)) > begun, phase)
+        time.sleep(length * draw.random() / 2)
+        child.signal(signal.SIGKILL)
+        kills += child.wait().code == KILLED
+        assert "Traceback" not in child.text and "damaged" not in child.text, child.text
+    ended = clean.run(*short)
+    assert "damaged" not in ended.text
+    assert clean.outcome(step=3) == wanted
+    assert kills
+    count(f"{family}: SIGKILL at random moments of caching {phase}: {kills} kills in a row, 0 differing bits")
+
+
+def phases_begun(work, phase):
+    """Every beginning of a phase that the log has."""
+    return [event for event in work.events("PhaseStarted") if event.get("phase") == phase]
 
 
 @pytest.fixture
@@ -162,8 +194,9 @@ def test_killed_at_every_system_call_of_a_save(part, about_to_save, reference, c
 SHORT = ("run.steps=4", "checkpoint.every=2", "validation.every=3")
 
 
+@pytest.mark.parametrize("family", ["ltx-video", "ltx2"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_a_signal_at_every_event_of_a_whole_run(number, clean, count):
+def test_a_signal_at_every_event_of_a_whole_run(number, family, clean, count):
     """From the scan of the clips to the LoRA file, with an empty cache at each start."""
     clean.run(*SHORT, 'cache.directory="cache-whole"', out="whole")
     wanted = clean.outcome("whole", step=4)
@@ -179,7 +212,7 @@ def test_a_signal_at_every_event_of_a_whole_run(number, clean, count):
         assert clean.outcome(out, step=4) == wanted
         shutil.rmtree(clean.out(out))
     assert ended.get(0, 0) <= 1  # at the last event there is nothing left to stop
-    count(f"{number.name} at every event of a whole run: {events} of {events} resumed bit-identical")
+    count(f"{family}: {number.name} at every event of a whole run: {events} of {events} resumed bit-identical")
 
 
 def test_ten_races_for_one_directory(primed, count):
@@ -196,8 +229,8 @@ def test_ten_races_for_one_directory(primed, count):
     count("two processes started in one directory: 10 races, exactly one ran in each")
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_two_runs_fill_one_cache_and_one_is_killed(seed, clean, reference, count):
+@pytest.mark.parametrize(("family", "seed"), [("ltx-video", 1), ("ltx-video", 2), ("ltx2", 1)])
+def test_two_runs_fill_one_cache_and_one_is_killed(family, seed, clean, reference, count):
     draw = random.Random(seed)
     kills = 0
     for race in range(4):
@@ -212,4 +245,6 @@ def test_two_runs_fill_one_cache_and_one_is_killed(seed, clean, reference, count
         for name in ("living", "victim"):
             reference.require(clean.out(f"{name}-{race}"))
     assert kills
-    count(f"two runs filling one cache, seed {seed}: 4 races, {kills} kills, 0 damaged entries, 0 differing bits")
+    count(
+        f"{family}: two runs filling one cache, seed {seed}: 4 races, {kills} kills, 0 damaged entries, 0 differing bits"
+    )
