@@ -99,6 +99,22 @@ class ModelSpec:
         return self.audio_vae_config is not None
 
     @property
+    def skips_attention(self) -> bool:
+        """Whether self attention can be skipped in chosen blocks, which is what STG is."""
+        return self.transformer_config.get("perturbed_attn", False)
+
+    @property
+    def smallest_sampled_side(self) -> int:
+        """The least height or width, in pixels, that can be decoded: reflected borders need two latents."""
+        is_reflected = self.vae_config.get("decoder_spatial_padding_mode") == "reflect"
+        return self.spatial_factor * (2 if is_reflected else 1)
+
+    @property
+    def least_sampling_steps(self) -> int:
+        """A schedule that is stretched to an end of its own needs two steps."""
+        return 2 if self.scheduler_config.get("shift_terminal") else 1
+
+    @property
     def prompt_multiple(self) -> int:
         """What a prompt's length in tokens must be a multiple of: the connectors' registers; 1 without connectors."""
         config = self.connectors_config or {}

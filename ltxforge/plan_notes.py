@@ -21,17 +21,22 @@ ALONE = {
 }
 
 
-def notes_on(plan: Plan, spec: ModelSpec, matched: Match, unread_keys: Collection[str]) -> tuple[str, ...]:
+def notes_on(
+    plan: Plan, spec: ModelSpec, matched: Match, unread_keys: Collection[str], stg_is_said: bool = False
+) -> tuple[str, ...]:
     """The notes that follow from a plan.
 
     Args:
         unread_keys: what the recipe says and this model does not read, as dotted keys.
+        stg_is_said: whether the recipe asks for STG.
     """
     notes = [f"the LoRA file's {layer} is not read by {why}" for layer, why in matched.unread.items()]
     if unread_keys:
         notes.append(f"this model makes no sound and reads none of: {', '.join(sorted(unread_keys))}")
     if spec.has_audio:
         notes += _on_sound(plan)
+        if stg_is_said and not spec.skips_attention:
+            notes.append(f"{spec.version} has no attention that STG could skip; validation.stg is left out")
     return (*notes, *_on_batches(plan), *_on_guidance(plan, spec), *_on_schedule(plan))
 
 

@@ -110,7 +110,11 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     return replace(
         plan,
         estimates=estimate(plan, spec, matched.parameters(plan.lora.rank)),
-        notes=(*facts.warnings, *facts.hardware.missing, *notes_on(plan, spec, matched, _unread(recipe, facts))),
+        notes=(
+            *facts.warnings,
+            *facts.hardware.missing,
+            *notes_on(plan, spec, matched, _unread(recipe, facts), bool(recipe.validation.stg)),
+        ),
     )
 
 
@@ -325,7 +329,26 @@ def _validation(recipe: Recipe, facts: Facts, save_every: int) -> ValidationPlan
         )  # fmt: skip
 
     every = save_every if section.every is None else section.every
-    return ValidationPlan(every, section.at_start, tuple(planned(entry) for entry in entries))
+    prompts = tuple(planned(entry) for entry in entries)
+    for prompt in prompts:
+        _require_samplable(prompt, facts.spec)
+    return ValidationPlan(every, section.at_start, prompts)
+
+
+def _require_samplable(prompt: PromptPlan, spec: ModelSpec) -> None:
+    """Refuse what the version's pipeline would only fail at after hours of training."""
+    if min(prompt.shape.width, prompt.shape.height) < spec.smallest_sampled_side:
+        raise PlanError(
+            f"validation prompt {prompt.name!r} is {prompt.shape}, and the decoder of {spec.version} needs sides of"
+            f" {spec.smallest_sampled_side} pixels or more",
+            remedy="Raise validation.resolution, or that of the prompt.",
+        )
+    if prompt.steps < spec.least_sampling_steps:
+        raise PlanError(
+            f"validation.steps = {prompt.steps}: the schedule of {spec.version} needs {spec.least_sampling_steps} or"
+            " more",
+            remedy=f"Leave validation.steps out for the version's own {spec.sampling.steps}.",
+        )
 
 
 def _guidance(section: Validation, spec: ModelSpec) -> dict[str, Any]:
@@ -335,6 +358,7 @@ def _guidance(section: Validation, spec: ModelSpec) -> dict[str, Any]:
     if not spec.has_audio:
         return guided
     stg = sampling.stg if section.stg is None else section.stg
+    stg = stg if spec.skips_attention else 0.0
     return guided | {
         "audio_guidance": section.audio_guidance or sampling.audio_guidance,
         "stg": stg,

@@ -154,7 +154,7 @@ def whole_step(losses: Sequence[Losses], count: int) -> StreamLoss:
 def forward(plan: Plan, model: VideoModel, batch: Batch, step: int, micro: int) -> Streams[Losses]:
     """One micro-batch's losses."""
     drawn = draw(plan, batch, step, model.device)
-    prompts = model.batch_prompts(batch.prompts, plan.conditioning.prompt_tokens)
+    prompts = model.batch_prompts(batch.prompts, plan.conditioning.prompt_tokens, plan.training.modalities)
     present = Streams(audio=batch.present)
     inputs = {
         name: NoisyTokens(

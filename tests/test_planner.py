@@ -378,3 +378,21 @@ def test_the_adapter_is_measured_by_its_modalities():
     assert sizes["both", "video"] == sizes["video", "video"]
     with pytest.raises(PlanError, match="never computed"):
         ltx2_plan('[training]\nmodalities = "video"\n[lora]\ntargets = ["audio_to_video_attn.to_q"]\n')
+
+
+def test_stg_is_left_out_where_no_attention_can_be_skipped():
+    said = "[validation]\nstg = 1.0\n" + PROMPT
+    old, new = (ltx2_plan(said, spec=SPECS[version]) for version in ("2.0-dev", "2.3-dev"))
+    assert old.validation.prompts[0].stg == 0 and any("STG could skip" in note for note in old.notes)
+    assert new.validation.prompts[0].stg == 1 and not any("STG could skip" in note for note in new.notes)
+
+
+def test_samples_that_the_decoder_or_the_schedule_cannot_make_are_refused_before_work_starts():
+    narrow = '[validation]\nresolution = "128x32"\n' + PROMPT
+    with pytest.raises(PlanError, match="is 128x32x.* needs sides of 64 pixels or more"):
+        ltx2_plan(narrow, spec=SPECS["2.0-dev"])
+    ltx2_plan(narrow, spec=SPECS["2.3-dev"])
+    one = "[validation]\nsteps = 1\n" + PROMPT
+    with pytest.raises(PlanError, match="steps = 1: the schedule of 2.3-dev needs 2 or more"):
+        ltx2_plan(one, spec=SPECS["2.3-dev"])
+    ltx2_plan(one, spec=SPECS["2.3-distilled"])

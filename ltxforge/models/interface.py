@@ -173,8 +173,11 @@ class VideoModel(Protocol):
         """Normalised latents [C, F, Y, X] → uint8 frames [N, height, width, 3] on the CPU. Inside `vae()`."""
         ...
 
-    def batch_prompts(self, prompts: Sequence[PromptEmbeddings], tokens: int) -> PromptBatch:
-        """Stack prompts on the device, in the model's dtype, ready for `predict`; `tokens` as in `encode_prompts`."""
+    def batch_prompts(self, prompts: Sequence[PromptEmbeddings], tokens: int, modalities: str = "both") -> PromptBatch:
+        """Stack prompts on the device, in the model's dtype, ready for `predict`.
+
+        `tokens` as in `encode_prompts`; `modalities` says which of those that the embeddings serve are needed.
+        """
         ...
 
     def predict(self, noisy: Noisy, prompts: PromptBatch) -> Streams[Tensor]:

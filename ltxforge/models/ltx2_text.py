@@ -9,6 +9,7 @@ stage can be kept, and that a modality which is not wanted is not computed. Load
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
@@ -84,7 +85,7 @@ def embeddings(connectors: LTX2TextConnectors, given: Tensor, mask: Tensor, moda
     return connector(given, bias)[0]
 
 
-def features_of(tensors: dict[str, Tensor], modality: str) -> Tensor:
+def features_of(tensors: Mapping[str, Tensor], modality: str) -> Tensor:
     """A modality's features among those of a caption, [n, D]."""
     return tensors[SHARED] if SHARED in tensors else tensors[f"{modality}_features"]
 

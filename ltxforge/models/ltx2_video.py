@@ -187,31 +187,34 @@ class LTX2Video:
         found = ltx2_text.features(connectors, states.to(self.device), tokens, modalities)
         if self.text_cache == "connectors":
             found = {
-                name: self._connect(connectors, [ltx2_text.features_of(found, name)], tokens, name)[0]
+                name: self._connect(connectors, ltx2_text.features_of(found, name), tokens, name)
                 for name in MODALITIES
                 if has(modalities, name)
             }
         return PromptEmbeddings({name: value.cpu().clone() for name, value in found.items()}, len(states))
 
-    def _connect(self, connectors: LTX2TextConnectors, features: Sequence[Tensor], tokens: int, name: str) -> Tensor:
-        """One modality's embeddings [B, P, D] of several captions' features."""
-        given = [ltx2_text.pad_left(each[None].to(self.device), tokens) for each in features]
-        padded, mask = (torch.cat(parts) for parts in zip(*given, strict=True))
-        return ltx2_text.embeddings(connectors, padded, mask, name)
+    def _connect(self, connectors: LTX2TextConnectors, features: Tensor, tokens: int, name: str) -> Tensor:
+        """One modality's embeddings [P, D] of a caption's features [n, D]."""
+        padded, mask = ltx2_text.pad_left(features[None].to(self.device), tokens)
+        return ltx2_text.embeddings(connectors, padded, mask, name)[0]
 
-    def batch_prompts(self, prompts: Sequence[PromptEmbeddings], tokens: int) -> PromptBatch:
-        """See `VideoModel.batch_prompts`. What was encoded for one modality serves that one alone."""
+    def batch_prompts(self, prompts: Sequence[PromptEmbeddings], tokens: int, modalities: str = "both") -> PromptBatch:
+        """See `VideoModel.batch_prompts`. What was encoded for one modality serves that one alone. Connectors take one
+        caption at a time, as in `encode_prompts`.
+        """
         tensors = [prompt.tensors for prompt in prompts]
-        names = [name for name in MODALITIES if all(self._serves(each, name) for each in tensors)]
-        if self.text_cache == "connectors":
-            batch = {name: torch.stack([each[name] for each in tensors]) for name in names}
-        else:
-            connectors = self._resident_connectors()
-            batch = {
-                name: self._connect(connectors, [ltx2_text.features_of(each, name) for each in tensors], tokens, name)
-                for name in names
-            }
+        needed = [name for name in MODALITIES if has(modalities, name)]
+        batch = {
+            name: torch.stack([self._embedded(each, name, tokens) for each in tensors])
+            for name in needed
+            if all(self._serves(each, name) for each in tensors)
+        }
         return PromptBatch(Streams(**{name: value.to(self.device, self.dtype) for name, value in batch.items()}))
+
+    def _embedded(self, tensors: Mapping[str, Tensor], name: str, tokens: int) -> Tensor:
+        if self.text_cache == "connectors":
+            return tensors[name]
+        return self._connect(self._resident_connectors(), ltx2_text.features_of(tensors, name), tokens, name)
 
     def _serves(self, tensors: Mapping[str, Tensor], name: str) -> bool:
         if self.text_cache == "connectors":

@@ -287,7 +287,12 @@ class LTXVideo:
         length = int(words.attention_mask.sum())
         return PromptEmbeddings({"embeds": embeds[:length].cpu().clone()}, length)
 
-    def batch_prompts(self, prompts: Sequence[PromptEmbeddings], tokens: int) -> PromptBatch:
+    def batch_prompts(
+        self,
+        prompts: Sequence[PromptEmbeddings],
+        tokens: int,
+        modalities: str = "video",  # noqa: ARG002
+    ) -> PromptBatch:
         return pad_prompts(prompts, tokens, self.device, self.dtype)
 
     def encode_clip(self, frames: Tensor) -> Latents:

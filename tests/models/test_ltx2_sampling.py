@@ -49,9 +49,10 @@ def model_of(spec, dtype=torch.float32, with_lora=True, **changed):
 def prompt_for(model, **changes):
     """The version's own guidance; two steps, or a distilled model's own."""
     own = model.spec.sampling
+    stg = own.stg if own.timesteps else 1.0  # also for 2.0, whose plans leave it out
     usual = PromptPlan(
         "ball", CAPTION, NEGATIVE, "", SHAPE, FPS, own.steps if own.timesteps else 2, own.guidance, seed=5,
-        audio_guidance=own.audio_guidance, stg=own.stg, stg_blocks=own.stg_blocks,
+        audio_guidance=own.audio_guidance, stg=stg, stg_blocks=own.stg_blocks,
         modality_guidance=own.modality_guidance, rescale=own.rescale,
     )  # fmt: skip
     return dataclasses.replace(usual, **changes)
