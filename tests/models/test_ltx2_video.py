@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
 from ltxforge.estimates import caption_bytes
-from ltxforge.models import ltx2_video
+from ltxforge.models import ltx2_text, ltx2_video
 from ltxforge.models.interface import PromptEmbeddings, WantedPrompt
 from ltxforge.models.ltx2_tiny import (
     gemma_tokenizer,
@@ -135,8 +135,7 @@ def test_features_give_the_batches_of_connector_outputs(name, modalities):
             assert batch.mask is None
             assert torch.equal(getattr(batch.embeds, each), getattr(kept.batch_prompts([output], TOKENS).embeds, each))
         expected, found = kept.batch_prompts(outputs, TOKENS), features.batch_prompts(inputs, TOKENS)
-        # The connectors take all captions at once; sums of another length may be cut up differently.
-        assert torch.allclose(getattr(found.embeds, each), getattr(expected.embeds, each), rtol=0, atol=1e-5)
+        assert torch.equal(getattr(found.embeds, each), getattr(expected.embeds, each))
 
 
 class Watched:
@@ -414,3 +413,16 @@ def test_decoding_equals_diffusers_decoding(name):
     theirs = VideoProcessor(vae_scale_factor=32).postprocess_video(stock, output_type="np")[0]
     assert ours.shape == frames.shape and ours.float().std() > 20
     assert (ours.double() - torch.from_numpy(theirs * 255.0).double()).abs().max() <= 0.51
+
+
+@pytest.mark.parametrize("cache", ["connectors", "features"])
+def test_a_batch_for_one_modality_asks_only_its_connector(cache, monkeypatch):
+    """2.0's features serve both: a video-only run must not pay for the audio connector in every step."""
+    model = make("tiny/ltx2", text_cache=cache)
+    prompts = list(model.encode_prompts([WantedPrompt("a caption", "video")], TOKENS))
+    asked: list[str] = []
+    stock = ltx2_text.embeddings
+    monkeypatch.setattr(ltx2_text, "embeddings", lambda *given: asked.append(given[-1]) or stock(*given))
+    batch = model.batch_prompts(prompts, TOKENS, "video")
+    assert batch.embeds.audio is None and batch.embeds.video is not None
+    assert asked == (["video"] if cache == "features" else [])
