@@ -334,18 +334,97 @@ REJECTED = {
 }  # fmt: skip
 
 
-def test_real_clips_with_nasty_ones_among_them(here, test_data):
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [("quickstart", []), ("ltx2-lora", ["model.base=tiny/ltx2", "dataset.0.windows=2", "validation.every=0"])],
+)
+def test_real_clips_with_nasty_ones_among_them(recipe, changes, here, test_data):
     folder = here / "clips"
     shutil.copytree(test_data / "clips", folder)
     shutil.copytree(test_data / "nasty", folder / "nasty")
     settings = ["dataset.0.path=clips", "run.max_rejected=1.0", "dataset.0.resolution=96x64", "dataset.0.frames=17"]
-    shown = start(ROOT / "recipes/quickstart.toml", *SMALL[:-4], *settings, "conditioning.prompt_tokens=32")
-    events = list(read_events(here / "runs/quickstart/events.jsonl"))
-    verdicts = {Path(e["path"]).name: e for e in events if e["event"] == "ClipJudged"}
+    shown = start(ROOT / f"recipes/{recipe}.toml", *SMALL[:-4], *settings, "conditioning.prompt_tokens=32", *changes)
+    home = here / "runs" / recipe
+    verdicts = verdicts_of(home)
     media = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".txt"]
     assert verdicts.keys() == {path.name for path in media}
     assert {name for name, verdict in verdicts.items() if verdict["verdict"] == "rejected"} == REJECTED
     assert {name for name, verdict in verdicts.items() if verdict["verdict"] == "dropped"} == {"one_frame.mp4"}
     assert all(verdict["reason"] for verdict in verdicts.values() if verdict["verdict"] != "ok")
     assert verdicts["truncated_mid_stream.mp4"]["warnings"]
-    assert (here / "runs/quickstart/lora.safetensors").exists() and "finished" in shown
+    assert (home / "lora.safetensors").exists() and "finished" in shown
+
+
+def verdicts_of(home: Path) -> dict[str, dict]:
+    """The last verdict of each clip, by its file's name."""
+    events = read_events(home / "events.jsonl")
+    return {Path(event["path"]).name: event for event in events if event["event"] == "ClipJudged"}
+
+
+WITHOUT_SOUND = {"cars_12fps.mp4", "city_night.mpg", "sign_thanks.mkv", "sign_walk.mkv"}
+SILENT, HDR = "flower.webm", "roof_portrait_hdr.mp4"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "base"),
+    [
+        *((recipe, "tiny/ltx2") for recipe in ("ltx2-lora", "ltx2-video-only", "ltx2-image-to-video", "ltx2-audio")),
+        ("ltx2-lora", "tiny/ltx2.3"),
+        ("ltx2-lora", "tiny/ltx2.5"),
+    ],
+)
+def test_ltx2_recipes_on_real_clips(recipe, base, here, test_data):
+    overrides = [*SMALL, f"model.base={base}", f"dataset.0.path={test_data / 'clips'}", "dataset.0.windows=2"]
+    if "image" in recipe:
+        overrides.append(f"validation.prompt.0.image={test_data / 'images/leopard.jpg'}")
+    shown = start(ROOT / f"recipes/{recipe}.toml", *overrides, "validation.at_start=false")
+    home = here / "runs" / recipe
+    modalities = plan_of(home).training.modalities
+    verdicts = verdicts_of(home)
+    assert verdicts.keys() == {path.name for path in (test_data / "clips").iterdir() if path.suffix != ".txt"}
+    left_out = WITHOUT_SOUND | {SILENT} if modalities == "audio" else {HDR}
+    assert {name for name, verdict in verdicts.items() if verdict["verdict"] != "ok"} == left_out
+    if modalities == "audio":
+        assert {verdicts[name]["verdict"] for name in left_out} == {"dropped"}
+        assert all("no sound" in verdicts[name]["reason"] for name in left_out)
+    require_trained(home, verdicts.keys() - left_out, modalities)
+    require_lora(home / "lora.safetensors", modalities)
+    for prompt in plan_of(home).validation.prompts:
+        require_sound_ends_with_picture(home / f"samples/step-000003/{prompt.name}.mp4", frames=9, fps=24)
+    told = "samples without sound, which train their picture alone: 2, of flower.webm"
+    assert (told in shown) == (modalities == "both")
+    heard = sum(event["audio_loss"] is not None for event in last_per_step(read_events(home / "events.jsonl")).values())
+    assert (f"{heard} of 3 steps trained sound" in shown) == (modalities != "video")
+    assert bool(heard) == (modalities != "video")
+
+
+def require_trained(home: Path, clips: set[str], modalities: str) -> None:
+    """Two windows of each clip are trained on, by what each has of picture and sound."""
+    data = json.loads((home / "data.json").read_text(encoding="utf-8"))["samples"]
+    found = {name: [each for each in data if Path(each["path"]).name == name] for name in clips}
+    assert sum(map(len, found.values())) == len(data)
+    for name, samples in found.items():
+        is_heard = modalities != "video" and name not in WITHOUT_SOUND | {SILENT}
+        assert [bool(each["audio"]) for each in samples] == [is_heard] * 2, name
+        assert [bool(each["latents"]) for each in samples] == [modalities != "audio"] * 2, name
+
+
+def require_lora(path: Path, modalities: str) -> None:
+    """Layers of what was trained, those between the modalities only where both were."""
+    names = set(load_file(path))
+    between = {name for name in names if "audio_to_video" in name or "video_to_audio" in name}
+    own = {"audio" if "audio" in name else "video" for name in names - between}
+    assert own == ({"video", "audio"} if modalities == "both" else {modalities})
+    assert bool(between) == (modalities == "both")
+
+
+def require_sound_ends_with_picture(path: Path, frames: int, fps: int) -> None:
+    """Both tracks decode, and end within one frame of each other."""
+    with av.open(path) as file:
+        pictures = list(file.decode(video=0))
+    with av.open(path) as file:
+        sounds = list(file.decode(audio=0))
+    assert len(pictures) == frames
+    picture_end = pictures[-1].time + 1 / fps
+    sound_end = sounds[-1].time + sounds[-1].samples / sounds[-1].sample_rate
+    assert abs(picture_end - sound_end) < 1 / fps

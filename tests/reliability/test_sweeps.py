@@ -69,8 +69,9 @@ def test_killed_at_random_moments(family, seed, clean, count):
             hit[phases[-1] if phases else "start"] += 1
         assert clean.outcome(out, step=30) == wanted
     count(
-        f"{family}: SIGKILL at random moments, seed {seed}: {kills} kills and restarts in {rounds} runs of 30 steps (last phase"
-        f" begun: {', '.join(f'{phase} {times}' for phase, times in hit.items())}), 0 manual steps, 0 differing bits"
+        f"{family}: SIGKILL at random moments, seed {seed}: {kills} kills and restarts in {rounds} runs of 30 steps"
+        f" (last phase begun: {', '.join(f'{phase} {times}' for phase, times in hit.items())}), 0 manual steps,"
+        " 0 differing bits"
     )
 
 
@@ -245,6 +246,4 @@ def test_two_runs_fill_one_cache_and_one_is_killed(family, seed, clean, referenc
         for name in ("living", "victim"):
             reference.require(clean.out(f"{name}-{race}"))
     assert kills
-    count(
-        f"{family}: two runs filling one cache, seed {seed}: 4 races, {kills} kills, 0 damaged entries, 0 differing bits"
-    )
+    count(f"{family}: two runs filling one cache, seed {seed}: 4 races, {kills} kills, 0 damaged entries and bits")
