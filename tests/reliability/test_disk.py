@@ -50,12 +50,19 @@ def test_a_full_disk_costs_nothing_that_was_saved(leave, small_disk, work, refer
     reference.require(run)
 
 
-@pytest.mark.parametrize("leave", [8_000, *(pytest.param(n, marks=pytest.mark.sweep) for n in (0, 40_000))])
-def test_a_full_disk_while_caching(leave, small_disk, fresh, reference):
-    stand_still = {"at": {"event": "PhaseStarted", "phase": "prompts"}, "signal": signal.SIGSTOP}
+@pytest.mark.parametrize(
+    ("family", "phase", "leave"),
+    [
+        ("ltx-video", "prompts", 8_000),
+        *(pytest.param("ltx-video", "prompts", leave, marks=pytest.mark.sweep) for leave in (0, 40_000)),
+        *(pytest.param("ltx2", "audio", leave, marks=pytest.mark.sweep) for leave in (0, 8_000)),
+    ],
+)
+def test_a_full_disk_while_caching(phase, leave, small_disk, fresh, reference):
+    stand_still = {"at": {"event": "PhaseStarted", "phase": phase}, "signal": signal.SIGSTOP}
     cache = f'cache.directory="{small_disk / "cache"}"'
     child = fresh.start(cache, signal_at=stand_still)
-    child.until(lambda: [e for e in fresh.events("PhaseStarted") if e["phase"] == "prompts"], "caching")
+    child.until(lambda: [e for e in fresh.events("PhaseStarted") if e["phase"] == phase], "caching")
     ballast = fill(small_disk, leave)
     child.go_on()
     child.require(75)

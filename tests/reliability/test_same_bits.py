@@ -36,6 +36,7 @@ def test_what_surrounds_training_changes_no_bit(sets, work, reference):
     reference.require(work.out())
 
 
+@pytest.mark.parametrize("family", ["ltx-video", "ltx2"])
 def test_a_live_display_changes_no_bit(work, reference):
     """Without --plain, in a terminal."""
     leader, follower = pty.openpty()
@@ -65,18 +66,37 @@ def drain(descriptor: int, into: bytearray) -> None:
 @pytest.mark.parametrize("family", ["ltx2"])
 def test_one_modality_alone_is_stopped_and_resumed(modality, work):
     """The other one is nowhere: not in the cache, not in the adapter, not in the log."""
-    sets = (f"training.modalities={modality}", "run.steps=5", 'cache.directory="alone"')
-    work.run(*sets, out="whole")
-    work.run(*sets, code=143, signal_at={"at": {"event": "StepDone", "step": 2}, "signal": 15})
-    assert "resumed     after step 2," in work.run(*sets).text
-    outcome = work.outcome(step=5)
-    assert outcome == work.outcome("whole", step=5)
+    outcome = require_same_bits_when_stopped(work, f"training.modalities={modality}", 'cache.directory="alone"')
     names = [name for name in outcome if "diffusion_model" in name]
     assert names and {"audio_attn" in name for name in names} == {modality == "audio"}
     assert (work.folder / "alone/audio").exists() == (modality == "audio")
     assert (work.folder / "alone/latents").exists() == (modality == "video")
     alone = {event["audio_loss"] == event["loss"] for event in work.events("StepDone")}
     assert alone == {modality == "audio"}
+
+
+@pytest.mark.parametrize("family", ["ltx2"])
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["audio.sigma=shared", "audio.loss_weight=0.5", "cache.latents=sample"],  # drawn from posteriors, by address
+        pytest.param(["cache.text_cache=features", "memory.checkpointing=true"], marks=pytest.mark.sweep),
+        pytest.param(["lora.modalities=video", 'lora.targets=["attention", "cross_modal"]'], marks=pytest.mark.sweep),
+    ],
+)
+def test_other_ways_to_train_with_sound_are_stopped_and_resumed(sets, work):
+    require_same_bits_when_stopped(work, *sets)
+
+
+def require_same_bits_when_stopped(work, *sets):
+    """Five steps with a stop and a new process between them are those of a run without; gives what they came to."""
+    sets = (*sets, "run.steps=5", "validation.every=0")
+    work.run(*sets, out="whole")
+    work.run(*sets, code=143, signal_at={"at": {"event": "StepDone", "step": 2}, "signal": 15})
+    assert "resumed     after step 2," in work.run(*sets).text
+    outcome = work.outcome(step=5)
+    assert outcome == work.outcome("whole", step=5)
+    return outcome
 
 
 @pytest.mark.parametrize("family", ["ltx2"])
@@ -91,15 +111,14 @@ def test_picture_and_sound_are_both_trained_where_both_are(reference):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("family", ["ltx-video", "ltx2"])
-def test_the_built_in_clips_stopped_and_resumed(fresh):
+@pytest.mark.parametrize(
+    ("family", "base"),
+    [("ltx-video", "tiny/ltx-video"), *(("ltx2", base) for base in ("tiny/ltx2", "tiny/ltx2.3", "tiny/ltx2.5"))],
+)
+def test_the_built_in_clips_stopped_and_resumed(base, fresh):
     """The quickstart's data: rendered, cached, stopped, resumed, compared with a run that was not stopped."""
     fresh.change('path = "clips"', 'path = "builtin/shapes"')
-    sets = ("run.steps=5", "validation.every=0")
-    fresh.run(*sets, out="whole")
-    fresh.run(*sets, code=143, signal_at={"at": {"event": "StepDone", "step": 2}, "signal": 15})
-    fresh.run(*sets)
-    assert fresh.outcome(step=5) == fresh.outcome("whole", step=5)
+    require_same_bits_when_stopped(fresh, f"model.base={base}")
 
 
 @pytest.mark.parametrize("family", ["ltx-video", pytest.param("ltx2", marks=pytest.mark.sweep)])
