@@ -19,7 +19,7 @@ import ltxforge
         ("ltx-video", 1, signal.SIGINT),
         ("ltx-video", 6, signal.SIGTERM),
         ("ltx-video", 8, signal.SIGHUP),
-        ("ltx2", 5, signal.SIGTERM),
+        ("ltx2", 6, signal.SIGTERM),
     ],
 )
 def test_a_stop_changes_nothing(step, number, work, reference):
