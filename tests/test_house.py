@@ -47,6 +47,7 @@ BESIDE = {
     ("specs", "specs_ltx2"),
     ("specs_ltx2", "specs_ltx_video"),
     ("dataset", "models"),
+    ("models", "lora"),
     ("run_directory", "checkpoint"),
     ("planner", "validation"),
     ("ui", "trackers"),

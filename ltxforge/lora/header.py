@@ -8,7 +8,8 @@ it is there. Takes names, shapes and metadata; opens no file (`models/weights.py
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ltxforge.errors import WeightsError
@@ -17,7 +18,7 @@ from ltxforge.specs import SPECS, TINY, ModelSpec
 
 # Lightricks' and ComfyUI's files, diffusers', PEFT's.
 PREFIXES = ("diffusion_model.", "transformer.", "base_model.model.")
-DOWN, UP = (".lora_A.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_up.weight")
+DOWN, UP, ALPHA = (".lora_A.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_up.weight"), (".alpha",)
 # What two versions must share for a LoRA of one to mean the same in the other, in words.
 SHARED = {"transformer_config": "wiring", "vae_family": "latents", "text_encoder": "text encoder"}
 
@@ -50,7 +51,7 @@ def describe(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str], w
         where: the file, for messages.
 
     Raises:
-        WeightsError: there is no LoRA in it, or halves of one that do not belong together.
+        WeightsError: there is no LoRA in it, halves of one that do not belong together, or more than a LoRA.
     """
     down, up = _halves(shapes, DOWN), _halves(shapes, UP)
     if not down and not up:
@@ -63,6 +64,7 @@ def describe(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str], w
                 where=where,
                 remedy="Download or copy the file again; if that does not help, it is an adapter of another kind.",
             )
+    _require_no_more(shapes, where)
     return LoraHeader(
         layers={name: (down[name][1], up[name][0]) for name in down},
         ranks=tuple(sorted({shape[0] for shape in down.values()})),
@@ -100,14 +102,30 @@ def mismatch_of_layers(header: LoraHeader, spec: ModelSpec) -> str:
     return ""
 
 
-def _halves(shapes: Mapping[str, Sequence[int]], endings: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """A or B of each layer, by diffusers' name."""
+def by_layer(names: Iterable[str], endings: tuple[str, ...]) -> dict[str, str]:
+    """Each layer, by diffusers' name → the file's name of its tensor with one of the endings."""
     return {
-        diffusers_name(_without_prefix(name.removesuffix(ending))): tuple(shape)
-        for name, shape in shapes.items()
+        diffusers_name(_without_prefix(name.removesuffix(ending))): name
+        for name in names
         for ending in endings
         if name.endswith(ending)
     }
+
+
+def _halves(shapes: Mapping[str, Sequence[int]], endings: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    return {layer: tuple(shapes[name]) for layer, name in by_layer(shapes, endings).items()}
+
+
+def _require_no_more(shapes: Mapping[str, Sequence[int]], where: str) -> None:
+    """Refuse tensors beside A, B and alpha, such as DoRA's magnitudes: without them the rest means something else."""
+    down, alphas = by_layer(shapes, DOWN), by_layer(shapes, ALPHA)
+    numbers = {name for layer, name in alphas.items() if layer in down and math.prod(shapes[name]) == 1}
+    known = {*down.values(), *by_layer(shapes, UP).values(), *numbers}
+    if rest := sorted(shapes.keys() - known):
+        raise WeightsError(
+            f"is no plain LoRA: it has {len(rest)} tensors beside A, B and alpha of each layer, such as {rest[0]}",
+            where=where,
+        )
 
 
 def _without_prefix(name: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltxforge.errors import WeightsError
+from ltxforge.lora.header import describe
 from ltxforge.models.layout_ltx2 import is_transformer, part_of
 from ltxforge.models.weights import Header, TensorEntry
 from ltxforge.specs import ModelSpec
@@ -107,9 +108,20 @@ def family_of(header: Header) -> str:
 
 
 def refuse_adapter(header: Header, where: str) -> None:
-    """Refuse a LoRA or its like, before anything is asked of it."""
-    if _any(header.tensors, ("lora_A", "lora_B", "lora_up", "lora_down", "lokr_", "hada_")):
-        raise WeightsError("is a LoRA or another adapter, not a model", where=where, remedy="Name the base model.")
+    """Refuse a LoRA or its like, saying what it is, before anything is asked of it."""
+    if not _any(header.tensors, ("lora_A", "lora_B", "lora_up", "lora_down", "lokr_", "hada_")):
+        return
+    try:
+        lora = describe({name: entry.shape for name, entry in header.tensors.items()}, header.metadata, where)
+    except WeightsError as error:
+        raise WeightsError(
+            "is a LoRA or another adapter, not a model", where=where, remedy="Name the base model."
+        ) from error
+    raise WeightsError(
+        f"is {lora}, not a model",
+        where=where,
+        remedy="Name the base model here; to go on training the LoRA, name it in lora.init_from.",
+    )
 
 
 def refuse_quantised(header: Header, where: str) -> None:

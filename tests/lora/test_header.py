@@ -175,6 +175,14 @@ def test_a_version_of_a_later_release_is_told():
         (lambda s: {n: shape for n, shape in s.items() if "0.attn1.to_q.lora_B" not in n}, "attn1.to_q has A"),
         (lambda s: {n: (3, shape[1]) if "lora_A" in n else shape for n, shape in s.items()}, r"A of shape \[3, 4096\]"),
         (lambda s: {n: (*shape, 1, 1) for n, shape in s.items()}, "no whole LoRA of linear layers"),
+        (lambda s: s | {n.replace("A.weight", "magnitude_vector"): (1,) for n in s if "lora_A" in n}, "no plain LoRA"),
+        (
+            lambda s: s | {n.replace("weight", "bias"): (1,) for n in s if "lora_B" in n},
+            r"384 tensors beside A, B.*bias",
+        ),
+        (lambda s: s | {"diffusion_model.transformer_blocks.0.attn9.alpha": ()}, "no plain LoRA.*attn9.alpha"),
+        (lambda s: s | {n.replace("lora_A.weight", "alpha"): (3,) for n in s if "lora_A" in n}, "no plain LoRA"),
+        (lambda s: s | {n.replace("diffusion_model", "transformer"): shape for n, shape in s.items()}, "no plain LoRA"),
     ],
 )
 def test_what_is_no_lora_is_refused(change, reason):

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
+from ltxforge.lora.files import export, provenance
+from ltxforge.lora.targets import match
 from ltxforge.models.clues import published_ltx2_clue
 from ltxforge.models.components import Sources
 from ltxforge.models.detect import plan_model
@@ -202,8 +204,22 @@ def test_a_lora_is_no_base(tmp_path, tiny_folder):
     file = tmp_path / "lora.safetensors"
     save_file({"diffusion_model.transformer_blocks.0.audio_attn1.to_q.lora_A.weight": torch.zeros(4, 8)}, file)
     for named in ({"base": str(file)}, {"base": str(tiny_folder("tiny/ltx2")), "transformer": str(file)}):
-        with pytest.raises(WeightsError, match="is a LoRA"):
+        with pytest.raises(WeightsError, match="is a LoRA or another adapter, not a model"):
             plan_model(**named)
+
+
+def test_a_whole_lora_in_a_model_s_place_is_described(tmp_path, tiny_folder):
+    file = tmp_path / "lora.safetensors"
+    layers = match(["attention"], TINY["tiny/ltx2.3"], "both", "both").layers
+    adapter = {f"{name}.lora_A.weight": torch.ones(4, inner) for name, (inner, _) in layers.items()}
+    adapter |= {f"{name}.lora_B.weight": torch.ones(outer, 4) for name, (_, outer) in layers.items()}
+    export(file, adapter, 1.0, "bf16", provenance({"name": "mine", "version": "2.3-dev"}))
+    for named in ({"base": str(file)}, {"base": str(tiny_folder("tiny/ltx2")), "transformer": str(file)}):
+        with pytest.raises(WeightsError) as refused:
+            plan_model(**named)
+        told = f"is a LoRA of {len(layers)} layers and rank 4, trained on 2.3-dev, not a model"
+        assert told in refused.value.what and refused.value.where.endswith("lora.safetensors")
+        assert "lora.init_from" in refused.value.remedy
 
 
 HEAVY = "model.diffusion_model.transformer_blocks.0.attn1.to_q."
