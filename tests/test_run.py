@@ -27,6 +27,7 @@ from ltxforge.errors import DataError, PlanError, RecipeError, RunError
 from ltxforge.lora.inject import inject, load_adapter
 from ltxforge.lora.targets import match
 from ltxforge.media import demo
+from ltxforge.media.decode import read_image
 from ltxforge.models.interface import WantedPrompt
 from ltxforge.models.load import load_model
 from ltxforge.models.tiny import tiny_parts
@@ -34,6 +35,7 @@ from ltxforge.plan import Plan, from_json
 from ltxforge.recipe.parse import load
 from ltxforge.trackers.jsonl import last_per_step, read_events
 from ltxforge.ui.screen import screen_for
+from ltxforge.validation import sample as sampling
 from ltxforge.validation.sample import sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,12 +227,18 @@ def test_a_recipe_mistake_ends_with_2_and_starts_nothing(here):
         start(recipe)
 
 
-def test_a_sample_that_fails_costs_the_sample_and_not_the_run(here):
-    """diffusers' image-to-video pipeline cannot make one step with 0.9.1's schedule; a run of hours goes on."""
-    Image.new("RGB", (64, 64), "teal").save(here / "first.png")
+def test_a_sample_that_fails_costs_the_sample_and_not_the_run(here, monkeypatch):
+    """The first frame's file goes away after the plan has looked at it; a run of hours goes on."""
+    image = here / "first.png"
+    Image.new("RGB", (64, 64), "teal").save(image)
+
+    def gone(path: Path, size: tuple[int, int]):
+        image.unlink(missing_ok=True)
+        return read_image(path, size)
+
+    monkeypatch.setattr(sampling, "read_image", gone)
     prompt = 'validation.prompt=[{name="a", prompt="x", image="first.png"}]'
-    settings = [*SMALL, "model.base=tiny/ltx-video-0.9.1", "validation.steps=1", prompt]
-    shown = start(ROOT / "recipes/quickstart.toml", *settings)
+    shown = start(ROOT / "recipes/quickstart.toml", *SMALL, "model.base=tiny/ltx-video-0.9.1", prompt)
     home = here / "runs/quickstart"
     assert "no sample a after step 3" in shown and "finished" in shown
     assert (home / "lora.safetensors").exists() and not (home / "samples/step-000003/a.mp4").exists()
