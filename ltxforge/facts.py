@@ -13,12 +13,17 @@ from typing import TypeVar
 
 from ltxforge import hardware
 from ltxforge.dataset.scan import Clip, enforce_max_rejected, scan
+from ltxforge.digests import FileDigests
 from ltxforge.errors import HubError, LtxforgeError, PlanError, WeightsError
-from ltxforge.events import Emit
+from ltxforge.events import Emit, Note
+from ltxforge.lora.header import ALPHA, describe
+from ltxforge.lora.init_from import LoraFile, digest_of, peft_scale
 from ltxforge.media import demo
 from ltxforge.media.decode import DecodeError, read_image
 from ltxforge.models.detect import plan_model
+from ltxforge.models.formats import PLAIN
 from ltxforge.models.sources import spec_of
+from ltxforge.models.weights import read_header
 from ltxforge.plan import ModelPlan, Plan
 from ltxforge.planner import Facts, modalities_of
 from ltxforge.recipe.parse import Parsed
@@ -73,6 +78,7 @@ def gather(parsed: Parsed, where: Places, previous: Plan | None, emit: Emit, sto
     judge = partial(_clips, spec=spec, modalities=modalities or "video", where=where, emit=emit, stop=stop)
     clips = [(d, attempt(lambda d=d: judge(d))) for d in recipe.dataset if d.enabled]
     library = attempt(lambda: _library(recipe))
+    lora_file = attempt(lambda: _lora_file(recipe, where.memo, previous, emit))
     _require_images(recipe, library or [], missing)
     if missing or model is None or spec is None:
         raise missing[0] if len(missing) == 1 else _all_at_once(missing)
@@ -82,7 +88,7 @@ def gather(parsed: Parsed, where: Places, previous: Plan | None, emit: Emit, sto
         name=where.name, directory=str(where.run), cache_directory=str(where.cache), hardware=hardware.detect(),
         model=model, spec=spec, clips=found, library=library or [], said=parsed.said,
         overridden=parsed.overridden, out_given=where.out_given, warnings=parsed.warnings,
-        previous=previous,
+        previous=previous, lora_file=lora_file,
     )  # fmt: skip
 
 
@@ -116,6 +122,39 @@ def _clips(
 
 def _library(recipe: Recipe) -> list[PromptEntry]:
     return read_library(Path(recipe.validation.library).expanduser()) if recipe.validation.library else []
+
+
+def _lora_file(recipe: Recipe, memo: Path, previous: Plan | None, emit: Emit) -> LoraFile | None:
+    """What `lora.init_from` names; None where a run that has a checkpoint began from it and so needs it no more."""
+    if not recipe.lora.init_from:
+        return None
+    path = Path(recipe.lora.init_from).expanduser()
+    if previous is not None and previous.lora.init_from == str(path):
+        if path.is_file() and _digest(path, memo) != previous.lora.init_digest:
+            emit(Note(f"{path} is another file than this run began from; it goes on from its checkpoint", "warning"))
+        return None
+    if not path.is_file():
+        raise WeightsError(
+            "there is no such LoRA file", where=str(path),
+            remedy="lora.init_from takes a .safetensors file on this machine; download one that is on the Hub first.",
+        )  # fmt: skip
+    header = read_header(path)
+    shapes = {name: entry.shape for name, entry in header.tensors.items()}
+    lora = describe(shapes, header.metadata, str(path))
+    dtypes = {entry.dtype for name, entry in header.tensors.items() if not name.endswith(ALPHA)}
+    if packed := sorted(dtypes - set(PLAIN)):
+        raise WeightsError(f"holds {', '.join(packed)}: A and B must be floats of 16 bits or more", where=str(path))
+    peft_scale(path, header.metadata)  # refused early if it cannot be read
+    return LoraFile(str(path), _digest(path, memo), lora)
+
+
+def _digest(path: Path, memo: Path) -> str:
+    """What names a LoRA file's content; "" if it cannot be read."""
+    try:
+        with FileDigests(memo / "weights.json") as digests:
+            return digest_of(path, digests)
+    except OSError:
+        return ""
 
 
 def _require_images(recipe: Recipe, library: list[PromptEntry], missing: list[LtxforgeError]) -> None:

@@ -184,6 +184,8 @@ class AudioPlan:
 class LoraPlan:
     """The adapter. `targets` are presets or patterns, within the modules of `modalities`; `save_precision` is the
     exported file's dtype.
+
+    `init_from` is the LoRA file that A and B start from, `init_digest` its content; "" for a fresh adapter.
     """
 
     rank: int
@@ -193,6 +195,8 @@ class LoraPlan:
     targets: tuple[str, ...]
     save_precision: str = free(default="bf16")
     modalities: str = "video"
+    init_from: str = free(default="")
+    init_digest: str = ""
 
 
 @dataclass(frozen=True)

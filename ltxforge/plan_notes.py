@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 
+from ltxforge.lora.init_from import LoraFile
 from ltxforge.lora.targets import Match
 from ltxforge.plan import Plan, learning_rate_at
 from ltxforge.specs import ModelSpec
@@ -22,17 +23,25 @@ ALONE = {
 
 
 def notes_on(
-    plan: Plan, spec: ModelSpec, matched: Match, unread_keys: Collection[str], stg_is_said: bool = False
+    plan: Plan,
+    spec: ModelSpec,
+    matched: Match,
+    unread_keys: Collection[str],
+    stg_is_said: bool = False,
+    lora_file: LoraFile | None = None,
 ) -> tuple[str, ...]:
     """The notes that follow from a plan.
 
     Args:
         unread_keys: what the recipe says and this model does not read, as dotted keys.
         stg_is_said: whether the recipe asks for STG.
+        lora_file: what the run starts from.
     """
     notes = [f"the LoRA file's {layer} is not read by {why}" for layer, why in matched.unread.items()]
     if unread_keys:
         notes.append(f"this model makes no sound and reads none of: {', '.join(sorted(unread_keys))}")
+    if lora_file and (fresh := len(matched.layers.keys() - lora_file.header.layers.keys())):
+        notes.append(f"{fresh} of the {len(matched.layers)} trained layers are not in lora.init_from and start fresh")
     if spec.has_audio:
         notes += _on_sound(plan)
         if stg_is_said and not spec.skips_attention:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltxforge.errors import PlanError
 from ltxforge.estimates import estimate, sample_bytes
+from ltxforge.lora.init_from import LoraFile, require_trainable
 from ltxforge.lora.targets import match
 from ltxforge.modalities import has
 from ltxforge.plan import (
@@ -54,7 +55,7 @@ class Facts:
 
     `clips` holds each enabled dataset's scan, in the recipe's order; `said` the dotted keys that the user wrote,
     `overridden` those of them that came with --set; `previous` the plan of the run that is continued, if it has a
-    checkpoint.
+    checkpoint; `lora_file` what `lora.init_from` names, unless that run began from it already.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Facts:
     out_given: bool = False
     warnings: tuple[str, ...] = ()
     previous: Plan | None = None
+    lora_file: LoraFile | None = None
 
 
 def make_plan(recipe: Recipe, facts: Facts) -> Plan:
@@ -95,7 +97,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         ),
         flow=_flow(recipe),
         conditioning=_conditioning(recipe, spec),
-        lora=_lora(recipe, modalities),
+        lora=_lora(recipe, modalities, facts),
         optimizer=optimizer,
         training=_training(recipe, modalities),
         memory=MemoryPlan(_checkpointing(recipe, facts.hardware)),
@@ -107,13 +109,15 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         origins=_origins(recipe, facts),
     )
     matched = match(plan.lora.targets, spec, plan.lora.modalities, modalities)
+    if facts.lora_file:
+        require_trainable(facts.lora_file, plan.lora, matched, spec, modalities)
     return replace(
         plan,
         estimates=estimate(plan, spec, matched.parameters(plan.lora.rank)),
         notes=(
             *facts.warnings,
             *facts.hardware.missing,
-            *notes_on(plan, spec, matched, _unread(recipe, facts), bool(recipe.validation.stg)),
+            *notes_on(plan, spec, matched, _unread(recipe, facts), bool(recipe.validation.stg), facts.lora_file),
         ),
     )
 
@@ -236,12 +240,15 @@ def _flow(recipe: Recipe) -> FlowPlan:
     return FlowPlan(flow.sigma, shift, stretched, fraction)
 
 
-def _lora(recipe: Recipe, modalities: str) -> LoraPlan:
-    lora = recipe.lora
+def _lora(recipe: Recipe, modalities: str, facts: Facts) -> LoraPlan:
+    """A run that goes on keeps what it began from: its checkpoint holds all that came of it."""
+    lora, begun = recipe.lora, facts.previous.lora.init_digest if facts.previous and recipe.lora.init_from else ""
     return LoraPlan(
         rank=lora.rank, alpha=float(lora.rank if lora.alpha is None else lora.alpha), dropout=lora.dropout,
         rslora=lora.rslora, targets=tuple(lora.targets), save_precision=lora.save_precision,
         modalities=lora.modalities or modalities,
+        init_from=str(Path(lora.init_from).expanduser()) if lora.init_from else "",
+        init_digest=facts.lora_file.digest if facts.lora_file else begun,
     )  # fmt: skip
 
 

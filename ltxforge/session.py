@@ -27,7 +27,7 @@ from ltxforge.events import (
     Resumed,
     RunEnded,
 )
-from ltxforge.lora.files import export, provenance
+from ltxforge.lora.files import export, provenance, read
 from ltxforge.lora.inject import adapter_parameters, adapter_scaling, inject, load_adapter
 from ltxforge.lora.targets import match
 from ltxforge.models.interface import VideoModel
@@ -80,10 +80,20 @@ class Session:
         self.home = RunDirectory(Path(self.plan.directory))
         self.checkpoints = Checkpoints(self.home.path, self.plan.checkpoint.keep)
 
+    def begin(self) -> None:
+        """Take A and B from the LoRA file that the plan names, if it names one; layers that it lacks stay fresh."""
+        lora, transformer = self.plan.lora, self.model.transformer
+        if not lora.init_from:
+            return
+        found = read(Path(lora.init_from), lora.init_digest, adapter_scaling(transformer))
+        load_adapter(transformer, {**adapter_parameters(transformer), **found})
+        self.emit(Note(f"A and B of {len(found) // 2} layers start from {lora.init_from}"))
+
     def restore(self) -> None:
-        """Take weights, moments and step from the newest checkpoint that verifies."""
+        """Take weights, moments and step from the newest checkpoint that verifies; without any, begin."""
         saved = self.checkpoints.newest()
         if saved is None:
+            self.begin()
             return
         if saved.facts.get("plan") != self.plan.identity_digest():
             raise RunError(
@@ -161,6 +171,7 @@ class Session:
                 "name": plan.name, "base": plan.model.base, "version": plan.model.version, "step": step,
                 "rank": lora.rank, "alpha": lora.alpha, "rslora": lora.rslora, "alpha_folded": True,
                 "targets": lora.targets, "modalities": lora.modalities, "trained": plan.training.modalities,
+                "init_from": lora.init_digest,
                 "plan": plan.identity_digest(), "ltxforge": __version__,
                 "shapes": [str(bucket.shape) for bucket in plan.data.buckets],
             }

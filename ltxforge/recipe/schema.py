@@ -266,6 +266,9 @@ class Lora(_Section):
     modalities: Literal["video", "audio", "both"] | None = Field(
         None, description="Whose layers the presets mean; within training.modalities, which is the default."
     )
+    init_from: Source | None = Field(
+        None, description="A LoRA file to go on training: A and B start from it, instead of random A and B = 0."
+    )
     save_precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="dtype of the exported file.")
 
 

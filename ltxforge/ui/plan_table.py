@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ltxforge.plan import Plan, PromptPlan
+from ltxforge.plan import LoraPlan, Plan, PromptPlan
 from ltxforge.printable import printable
 from ltxforge.specs import SPECS
 from ltxforge.ui.text import counted, number, short, size
@@ -188,12 +188,18 @@ def _lora(plan: Plan) -> list[Row]:
         ("dropout", number(lora.dropout), origin("lora.dropout", "")),
         ("targets", ", ".join(lora.targets), origin("lora.targets", "")),
         ("modalities", _modalities(lora.modalities), origin("lora.modalities", "")),
+        ("starts from", _lora_file(lora), origin("lora.init_from", "")),
         (
             "saved as",
             f"{lora.save_precision}, about {size(plan.estimates.lora_bytes)}",
             origin("lora.save_precision", ""),
         ),
     ]
+
+
+def _lora_file(lora: LoraPlan) -> str:
+    """The LoRA file that the run goes on from, and how its content's digest begins."""
+    return " ".join(filter(None, (lora.init_from, lora.init_digest and f"({lora.init_digest[:12]})")))
 
 
 def _training(plan: Plan) -> list[Row]:
