@@ -1,4 +1,4 @@
-"""The one LoRA file that loads everywhere, written; and any that is known, read, to go on from it.
+"""Writes the one LoRA file that loads everywhere, and reads any that is known, to go on from it.
 
 Ours has the original checkpoint's names, alpha folded into B, and no `.alpha` keys. diffusers takes alpha = rank where
 no metadata says otherwise and rejects `.alpha` keys; Lightricks' loader applies no alpha at all; ComfyUI takes 1.0 when
