@@ -91,7 +91,8 @@ class Resumed(Event):
 @dataclass(frozen=True)
 class StepDone(Event):
     """One optimiser update. `loss` is the step's unweighted flow loss of the video, or of the sound where that is
-    trained alone; `audio_loss` that of the sound, None in steps without any. `seconds` is the wall time by part.
+    trained alone; `audio_loss` that of the sound, None in steps without any. `seconds` is the wall time by part; on a
+    GPU forward and backward are the time until their work is queued.
     """
 
     step: int

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from ltxforge import __version__
@@ -62,6 +63,11 @@ def resident_peak_bytes() -> int:
         found = re.search(r"VmHWM:\s*(\d+) kB", status)
         return int(found[1]) * 1024 if found else 0
     return 0
+
+
+def free_host_bytes() -> int:
+    """How much memory the host can still give without swapping."""
+    return psutil.virtual_memory().available
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -37,6 +37,7 @@ class SamplingDefaults:
     stg_blocks: tuple[int, ...] = ()
     modality_guidance: float = 1.0
     rescale: float = 0.0
+    negative_prompt: str = "worst quality, inconsistent motion, blurry, jittery, distorted"
 
 
 @dataclass(frozen=True)

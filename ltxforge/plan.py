@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from ltxforge.shapes import ClipShape
 
-FORMAT = 1
+FORMAT = 2
 MOST_CLIPS_TOLD = 8
 T = TypeVar("T")
 
@@ -428,7 +428,13 @@ def identity(value: Any) -> Any:
 
 
 def differences(old: Plan, new: Plan) -> list[tuple[str, str, str]]:
-    """What makes two plans different runs, as (name, old, new): identity fields by dotted name, samples by clip."""
+    """What makes two plans different runs, as (name, old, new): identity fields by dotted name, samples by clip.
+
+    What follows from another difference is left out: the parts of another model version, and with other modalities
+    which samples have sound and which VAE counts.
+    """
+    if old.training.modalities != new.training.modalities:
+        old, new = _without_sound(old), _without_sound(new)
     before, after = _flat(identity(old)), _flat(identity(new))
     found = []
     for name in sorted(before.keys() | after.keys()):
@@ -438,7 +444,23 @@ def differences(old: Plan, new: Plan) -> list[tuple[str, str, str]]:
         # What the samples decide differs with them and says nothing more.
         derived = ("data.samples.", "data.buckets.", "steps_per_epoch")
         found = [entry for entry in found if not entry[0].startswith(derived)] + samples
+    if old.model.version != new.model.version:
+        found = [entry for entry in found if not entry[0].startswith("model.components.")]
     return found
+
+
+def _without_sound(plan: Plan) -> Plan:
+    samples = tuple(dataclasses.replace(sample, sound="") for sample in plan.data.samples)
+    buckets = tuple(dataclasses.replace(bucket, tokens=0, audio_tokens=0, with_sound=0) for bucket in plan.data.buckets)
+    parts = {
+        name: dataclasses.replace(part, digest="") if name in ("vae", "audio_vae") else part
+        for name, part in plan.model.components.items()
+    }
+    return dataclasses.replace(
+        plan,
+        data=dataclasses.replace(plan.data, samples=samples, buckets=buckets),
+        model=dataclasses.replace(plan.model, components=parts),
+    )
 
 
 def _sample_differences(old: Iterable[SamplePlan], new: Iterable[SamplePlan]) -> list[tuple[str, str, str]]:
@@ -447,15 +469,23 @@ def _sample_differences(old: Iterable[SamplePlan], new: Iterable[SamplePlan]) ->
     found = []
     for name in sorted(before.keys() | after.keys()):
         was, now = before.get(name, []), after.get(name, [])
-        found.append((f"data: {name}", "there" if was else "absent", _what_changed(was, now)))
+        found.append((f"data: {name}", _what_it_was(was, now), _what_changed(was, now)))
     shown = found[:MOST_CLIPS_TOLD]
     return [*shown, ("data: others", str(len(found) - len(shown)), "likewise")] if len(found) > len(shown) else found
+
+
+def _what_it_was(was: list[SamplePlan], now: list[SamplePlan]) -> str:
+    if was and now:
+        return "as it was"
+    return "there" if was else "absent"
 
 
 def _what_changed(was: list[SamplePlan], now: list[SamplePlan]) -> str:
     if not was or not now:
         return "there" if now else "gone"
-    words = {"clip": "content", "start_seconds": "windows"}
+    heard = [any(sample.sound for sample in samples) for samples in (was, now)]
+    sound = {(True, False): "sound (none now)", (False, True): "sound (none before)"}.get(tuple(heard), "sound")
+    words = {"clip": "content", "start_seconds": "windows", "sound": sound}
     names = [item.name for item in dataclasses.fields(SamplePlan) if not item.metadata.get("free")]
     differing = [name for name in names if [getattr(s, name) for s in was] != [getattr(s, name) for s in now]]
     return "other " + ", ".join(words.get(name, name) for name in differing)

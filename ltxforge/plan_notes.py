@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Iterator
 
 from ltxforge.lora.init_from import LoraFile
+from ltxforge.lora.layers import modality_of
 from ltxforge.lora.targets import Match
 from ltxforge.plan import Plan, learning_rate_at
 from ltxforge.specs import ModelSpec
@@ -43,13 +44,13 @@ def notes_on(
     if lora_file and (fresh := len(matched.layers.keys() - lora_file.header.layers.keys())):
         notes.append(f"{fresh} of the {len(matched.layers)} trained layers are not in lora.init_from and start fresh")
     if spec.has_audio:
-        notes += _on_sound(plan)
+        notes += _on_sound(plan, matched)
         if stg_is_said and not spec.skips_attention:
             notes.append(f"{spec.version} has no attention that STG could skip; validation.stg is left out")
     return (*notes, *_on_batches(plan), *_on_guidance(plan, spec), *_on_schedule(plan))
 
 
-def _on_sound(plan: Plan) -> Iterator[str]:
+def _on_sound(plan: Plan, matched: Match) -> Iterator[str]:
     if plan.training.modalities in ALONE:
         yield ALONE[plan.training.modalities]
     if plan.training.modalities != "both":
@@ -61,7 +62,10 @@ def _on_sound(plan: Plan) -> Iterator[str]:
             ' "video" that costs less'
         )
     elif with_sound < count:
-        yield f"{with_sound} of {count} samples have a sound track; the others train video only"
+        others = "train video only"
+        if all(modality_of(layer) != "video" for layer in matched.layers):
+            others = "train nothing, because every layer of the LoRA needs sound"
+        yield f"{with_sound} of {count} samples have a sound track; the others {others}"
 
 
 def _on_batches(plan: Plan) -> Iterator[str]:

@@ -87,7 +87,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         seed=recipe.run.seed,
         steps=steps,
         steps_per_epoch=per_epoch,
-        model=facts.model,
+        model=_identifying(facts.model, modalities),
         device=_device(recipe, facts.hardware, facts.previous),
         data=data,
         cache=CachePlan(
@@ -120,6 +120,13 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
             *notes_on(plan, spec, matched, _unread(recipe, facts), bool(recipe.validation.stg), facts.lora_file),
         ),
     )
+
+
+def _identifying(model: ModelPlan, modalities: str) -> ModelPlan:
+    """The model, told from others by the parts it trains and encodes with; a VAE for samples alone is free."""
+    unused = {"video": "audio_vae", "audio": "vae"}.get(modalities)
+    parts = model.components.items()
+    return replace(model, components={n: replace(part, digest="") if n == unused else part for n, part in parts})
 
 
 def modalities_of(recipe: Recipe, spec: ModelSpec) -> str:
@@ -328,7 +335,11 @@ def _validation(recipe: Recipe, facts: Facts, save_every: int) -> ValidationPlan
         width, height = parse_size(entry.resolution or section.resolution or first.resolution)
         return PromptPlan(
             name=entry.name, prompt=entry.prompt, image=str(Path(entry.image).expanduser()) if entry.image else "",
-            negative_prompt=section.negative_prompt if entry.negative_prompt is None else entry.negative_prompt,
+            negative_prompt=next(
+                text
+                for text in (entry.negative_prompt, section.negative_prompt, facts.spec.sampling.negative_prompt)
+                if text is not None
+            ),
             shape=ClipShape(width, height, entry.frames or section.frames or first.frames),
             fps=entry.fps or section.fps or first.fps or facts.spec.default_fps,
             steps=section.steps or facts.spec.sampling.steps,

@@ -63,6 +63,7 @@ def run(parsed: Parsed, out: Path | None, screen: Screen) -> None:
         cache = Cache(Path(plan.cache.directory), emit)
         cache.sweep()
         data = settle_data(plan, model, cache, emit, stop)
+        RunDirectory(where.run).save_plan(plan, parsed.text, parsed.overrides)
         open_session(plan, model, cache, data, log.attempt, emit, stop).train()
 
 
@@ -123,7 +124,10 @@ def refuse_if_never(parsed: Parsed, where: Places) -> None:
 def settle_plan(
     parsed: Parsed, where: Places, screen: Screen, log: EventLog, emit: Emit, stop: StopRequest
 ) -> Plan:  # fmt: skip
-    """Gather facts, decide, compare with the run that is there, fetch weights, print and save the plan."""
+    """Gather facts, decide, compare with the run that is there, fetch weights, print the plan.
+
+    The plan of a new run is saved at once; that of a run that goes on only when its data are accepted too.
+    """
     home = RunDirectory(where.run)
     home.sweep()
     saved = home.saved_plan()
@@ -139,7 +143,8 @@ def settle_plan(
         log.begin_anew()
     show_plan(plan, screen)
     plan = dataclasses.replace(plan, model=fetch(plan.model, emit, stop))
-    home.save_plan(plan, parsed.text, parsed.overrides)
+    if saved is None:
+        home.save_plan(plan, parsed.text, parsed.overrides)
     emit(PlanMade(to_json(dataclasses.replace(plan, data=dataclasses.replace(plan.data, samples=())))))
     return plan
 

@@ -115,12 +115,17 @@ VOCODER_23: dict[str, Any] = {
 
 SCHEDULER_DISTILLED: dict[str, Any] = {**SCHEDULER_DYNAMIC, "use_dynamic_shifting": False, "shift_terminal": None}
 
+_FAULTS = (
+    f"{SamplingDefaults.negative_prompt}, flicker, warped faces and hands, unreadable text, muffled or distorted sound,"
+    " hiss, clipping, robotic voice, lips out of step with speech"
+)
 _GUIDED = SamplingDefaults(
-    30, 3.0, audio_guidance=7.0, stg=1.0, stg_blocks=(28,), modality_guidance=3.0, rescale=0.7
+    30, 3.0, audio_guidance=7.0, stg=1.0, stg_blocks=(28,), modality_guidance=3.0, rescale=0.7,
+    negative_prompt=_FAULTS,
 )  # fmt: skip
 # STG would cost 2.0 a pass and change nothing: its transformer in diffusers 0.42 has no attention that can be skipped.
 _GUIDED_20 = dataclasses.replace(_GUIDED, steps=40, stg=0.0, stg_blocks=(29,))
-_DISTILLED = SamplingDefaults(8, 1.0, DISTILLED_TIMESTEPS, audio_guidance=1.0)
+_DISTILLED = SamplingDefaults(8, 1.0, DISTILLED_TIMESTEPS, audio_guidance=1.0, negative_prompt=_FAULTS)
 
 _V20 = ModelSpec(
     version="2.0-dev", hub="Lightricks/LTX-2", family="ltx-2", parameters="19B", rope="causal", distilled=False,

@@ -136,7 +136,9 @@ def accumulate(plan: Plan, model: VideoModel, data: StepData, step: int, stop: S
         losses = forward(plan, model, batch, step, micro)
         times.append(time.perf_counter())
         parts = [weights[name] * each.by_sample.sum() / counts[name] for name, each in losses.items()]
-        sum(parts[1:], parts[0]).backward()
+        total = sum(parts[1:], parts[0])
+        if total.requires_grad:  # an adapter of the sound alone has nothing to learn from samples without any
+            total.backward()
         times.append(time.perf_counter())
         for name, each in losses.items():
             found.setdefault(name, []).append(Losses(each.by_sample.detach(), each.sigma))

@@ -105,8 +105,8 @@ def test_changed_samples_are_told_by_clip(tiny_plan):
         return (dataclasses.replace(samples[0], **changes), *samples[1:])
 
     assert told(*samples[1:]) == [("data: 0.mp4", "there", "gone")]
-    assert told(*first(caption="x")) == [("data: 0.mp4", "there", "other caption")]
-    assert told(*first(clip="x", start_seconds=1.0)) == [("data: 0.mp4", "there", "other content, windows")]
+    assert told(*first(caption="x")) == [("data: 0.mp4", "as it was", "other caption")]
+    assert told(*first(clip="x", start_seconds=1.0)) == [("data: 0.mp4", "as it was", "other content, windows")]
     assert told(*samples, *first(path="/clips/new.mp4", clip="x")[:1]) == [("data: new.mp4", "absent", "there")]
     assert told(*(dataclasses.replace(s, path=f"/clips/{n}.mp4", clip="x") for n, s in enumerate(samples * 2)))[-1] == (
         "data: others", "4", "likewise",

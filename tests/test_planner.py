@@ -49,6 +49,7 @@ def plan_for(text: str = MINIMAL, *, found=None, hardware=CPU, spec=TINY["tiny/l
     parsed = parse(text, "mine.toml")
     part = ComponentPlan(source="x", kind="builtin", digest="d", location="x")
     names = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    names += ("audio_vae", "vocoder", "connectors") if spec.has_audio else ()
     found = clips() if found is None else found
     enabled = [dataset for dataset in parsed.recipe.dataset if dataset.enabled]
     model = changes.pop("model", None) or ModelPlan("x", spec.version, spec.rope, dict.fromkeys(names, part))
@@ -396,3 +397,26 @@ def test_samples_that_the_decoder_or_the_schedule_cannot_make_are_refused_before
     with pytest.raises(PlanError, match="steps = 1: the schedule of 2.3-dev needs 2 or more"):
         ltx2_plan(one, spec=SPECS["2.3-dev"])
     ltx2_plan(one, spec=SPECS["2.3-distilled"])
+
+
+def test_samples_without_sound_teach_nothing_to_a_lora_of_sound_and_the_plan_says_so():
+    """SOUNDING holds clips with and without a track."""
+    silent = [note for note in ltx2_plan('[lora]\nmodalities = "audio"\n').notes if "sound track" in note]
+    assert silent and "the others train nothing" in silent[0]
+    assert any("the others train video only" in note for note in ltx2_plan().notes)
+
+
+def test_what_a_run_never_encodes_with_is_no_part_of_its_identity():
+    def digests(modalities):
+        parts = ltx2_plan(f'[training]\nmodalities = "{modalities}"\n').model.components
+        return {name for name, part in parts.items() if part.digest}
+
+    assert digests("both") - digests("video") == {"audio_vae"}
+    assert digests("both") - digests("audio") == {"vae"}
+
+
+def test_each_family_has_faults_of_its_own_to_keep_away_from():
+    assert "sound" in ltx2_plan(PROMPT).validation.prompts[0].negative_prompt
+    assert "sound" not in plan_for(MINIMAL + PROMPT).validation.prompts[0].negative_prompt
+    said = '[validation]\nnegative_prompt = ""\n' + PROMPT
+    assert ltx2_plan(said).validation.prompts[0].negative_prompt == ""

@@ -437,3 +437,16 @@ def test_the_adapter_trains_in_float32_on_a_bf16_base(plan_maker):
     _, gradients = ours(plan, model, OneStep(base, case, torch.float32))
     assert {parameter.dtype for parameter in adapter_parameters(model.transformer).values()} == {torch.float32}
     assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("targets", [("re:audio",), ("cross_modal",)])
+def test_samples_without_sound_teach_an_adapter_of_sound_nothing_and_do_no_harm(targets, plan_maker):
+    """A micro-batch without sound touches no layer of such an adapter: no gradient, but losses are told."""
+    base = "tiny/ltx2.3"
+    plan, spec = Case("both", sound=NONE).plan(plan_maker, base), TINY[base]
+    model = LTX2Video(spec, spec.rope, tiny_parts(spec), CPU, torch.float32, modalities="both")
+    model.load_transformer()
+    inject(model.transformer, plan.lora, match(targets, spec, "both", "both"), plan.seed)
+    loss, gradients = ours(plan, model, OneStep(base, Case("both", sound=NONE), torch.float32))
+    assert loss.streams.video is not None and loss.streams.audio is None
+    assert gradients and all(gradient is None for gradient in gradients.values())

@@ -8,7 +8,7 @@ nothing is missing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -60,7 +60,7 @@ class Encoders(Protocol):
     def vae(self) -> AbstractContextManager[Any]: ...
     def audio_vae(self) -> AbstractContextManager[Any]: ...
     def encode_prompts(
-        self, wanted: Sequence[WantedPrompt], tokens: int
+        self, wanted: Sequence[WantedPrompt], tokens: int, on_read: Callable[[int], None]
     ) -> Generator[PromptEmbeddings, None, None]: ...
     def encode_clip(self, frames: torch.Tensor) -> Latents: ...
     def sound_length(self, seconds: float) -> int: ...
@@ -121,7 +121,12 @@ def fill_prompts(
     found = {prompt: _Short.of(entry) for prompt, key in keys.items() if (entry := cache.read("prompts", key))}
     phase.advance(len(found), "already cached")
     if missing := [prompt for prompt in wanted if prompt not in found]:
-        with contextlib.closing(model.encode_prompts(missing, plan.conditioning.prompt_tokens)) as encoded:
+
+        def on_read(count: int) -> None:
+            phase.advance(0, f"{count} of {len(missing)} read")
+
+        tokens = plan.conditioning.prompt_tokens
+        with contextlib.closing(model.encode_prompts(missing, tokens, on_read)) as encoded:
             for prompt, embeddings in zip(missing, encoded, strict=True):
                 tensors = {**embeddings.tensors, "tokens": torch.tensor(embeddings.tokens)}
                 found[prompt] = _Short.of(cache.write("prompts", keys[prompt], tensors))

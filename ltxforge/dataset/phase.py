@@ -19,9 +19,9 @@ class Phase:
         emit(PhaseStarted(name, total))
 
     def advance(self, count: int, detail: str = "") -> None:
-        """So many more units are done."""
+        """So many more units are done, perhaps none; `detail` says what is going on."""
         self.done += count
-        if count:
+        if count or detail:
             self._emit(PhaseAdvanced(self.name, self.done, detail))
         if self._stop.requested:
             raise Stopped(

@@ -82,7 +82,7 @@ class Found:
 
     def part(self, name: str) -> Part:
         """An LTX-2 part's tensors."""
-        return part_of(self.header or Header({}), name)
+        return part_of(self.header or Header({}), name, self.where)
 
 
 @dataclass
@@ -326,8 +326,8 @@ def component_plan(name: str, found: Found, spec: ModelSpec) -> ComponentPlan:
     return ComponentPlan(
         source=tree.repository or tree.describe(tree.inside),
         kind="hub" if tree.repository else _kind(tree, found.inside),
-        # How samples are scheduled does not change what is trained: it is no part of a run's identity.
-        digest="" if name == "scheduler" else _digest_of(found, files, name),
+        # What only samples are made with does not change what is trained: it is no part of a run's identity.
+        digest="" if name in ("scheduler", "vocoder") else _digest_of(found, files, name),
         inside=_inside_source(tree, found.inside),
         repository=tree.repository,
         revision=tree.revision,

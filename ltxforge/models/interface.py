@@ -144,11 +144,14 @@ class VideoModel(Protocol):
         """Hold the audio VAE on the device, in float32. Only where `spec.has_audio`."""
         ...
 
-    def encode_prompts(self, wanted: Sequence[WantedPrompt], tokens: int) -> Generator[PromptEmbeddings, None, None]:
+    def encode_prompts(
+        self, wanted: Sequence[WantedPrompt], tokens: int, on_read: Callable[[int], None] = ...
+    ) -> Generator[PromptEmbeddings, None, None]:
         """Encode captions in order, each padded or cut to `tokens` for the encoder; on the CPU.
 
         Text encoders are loaded when the first caption is asked for and freed at the end or when the iterator is
         closed. Nothing else is on the device with a text encoder. A model without sound makes nothing of `modalities`.
+        `on_read` hears how many captions the encoder has read, which may be long before they are given; it may raise.
         """
         ...
 

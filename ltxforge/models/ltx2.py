@@ -300,3 +300,19 @@ def audio_ropes(transformer: LTX2VideoTransformer3DModel, length: int, device: t
     """As `video_ropes`, for `length` audio tokens of 40 ms each."""
     coordinates = transformer.audio_rope.prepare_audio_coords(1, length, device)
     return transformer.audio_rope(coordinates), transformer.cross_attn_audio_rope(coordinates)
+
+
+def unused_modules(transformer: LTX2VideoTransformer3DModel, modalities: str) -> list[nn.Module]:
+    """The modules that `transformer_forward` never touches with these modalities: all of the other one's weights but a
+    few tables, which are parameters of blocks.
+    """
+    if modalities == "both":
+        return []
+    other = AUDIO if modalities == "video" else VIDEO
+    own = ("proj_in", "time_embed", "caption_projection", "prompt_adaln", "norm_out", "proj_out")
+    crossed = [name for each in (VIDEO, AUDIO) for name in (each.cross_embed, each.gate_embed)]
+    unused = [getattr(transformer, name, None) for name in (*(other.prefix + name for name in own), *crossed)]
+    for block in transformer.transformer_blocks:
+        unused += [other.of(block, name) for name in ("norm1", "attn1", "norm2", "attn2", "norm3", "ff")]
+        unused += [getattr(block, name) for each in (VIDEO, AUDIO) for name in (each.cross_norm, each.cross_attn)]
+    return [module for module in unused if module is not None]

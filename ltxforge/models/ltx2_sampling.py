@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,18 +24,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ltxforge.errors import DeviceFullError
+from ltxforge.hardware import free_host_bytes
 from ltxforge.media.write import exact_rate
 from ltxforge.modalities import Streams
 from ltxforge.models.interface import PromptBatch, Sample, to_tokens
-from ltxforge.models.parts import release_memory
+from ltxforge.models.ltx2_parts import LTX2Parts, Make
+from ltxforge.models.parts import release_memory, whole_float32
 from ltxforge.models.sampling import pictures, require_finite
 from ltxforge.models.vae import statistics
 from ltxforge.plan import PromptPlan
 from ltxforge.shapes import ClipShape
 from ltxforge.specs import ModelSpec
-
-if TYPE_CHECKING:
-    from ltxforge.models.ltx2_video import LTX2Parts, Make
 
 # A frugal sample's picture is decoded in tiles of at most so many pixels a side, blended over their overlap. Never in
 # pieces of time: diffusers 0.42 puts every piece after the first one frame late and blends it with its neighbour so.
@@ -75,7 +74,7 @@ class LTX2Sampler:
         A frugal sample holds no other part on the device while the transformer is there, nor the transformer while
         another part is; its latents are the same, its picture too unless it is larger than a tile.
         """
-        aside = self._transformer_aside if prompt.frugal else contextlib.nullcontext
+        aside = self._transformer_aside if prompt.frugal and self._fits_on_host() else contextlib.nullcontext
         first = None
         if image is not None:
             with aside():
@@ -158,6 +157,7 @@ class LTX2Sampler:
             del vae
         return pictures(VideoProcessor().postprocess_video(decoded, output_type="np")[0])
 
+    @whole_float32()
     def sound(self, latents: Tensor) -> tuple[np.ndarray, int]:
         """Normalised latents [1, L, C] → the sound, float32 [channels, samples], and its rate in Hz."""
         with self._alone():
@@ -182,6 +182,10 @@ class LTX2Sampler:
             yield
         finally:
             release_memory(self.device)
+
+    def _fits_on_host(self) -> bool:
+        """Whether the host has room for the transformer; where it has not, decoding in tiles must do."""
+        return sum(parameter.nbytes for parameter in self.transformer.parameters()) < free_host_bytes()
 
     @contextlib.contextmanager
     def _transformer_aside(self) -> Iterator[None]:

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.audio_utils import mel_filter_bank
 
 from ltxforge.models.audio_features import MelSettings
-from ltxforge.models.ltx2_video import LTX2Parts
+from ltxforge.models.ltx2_parts import LTX2Parts
 from ltxforge.models.parts import cast
 from ltxforge.models.tiny import calibrate, make_byte_tokenizer, rounded, seeded
 from ltxforge.specs import ModelSpec

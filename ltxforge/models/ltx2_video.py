@@ -10,24 +10,22 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
-    FlowMatchEulerDiscreteScheduler,
     LTX2VideoTransformer3DModel,
 )
-from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2VocoderWithBWE
+from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from PIL import Image
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
+from ltxforge.hardware import free_host_bytes
 from ltxforge.modalities import MODALITIES, Streams, has
 from ltxforge.models import ltx2_text
-from ltxforge.models.audio_features import MelSettings, latent_length, log_mel, mel_frames
+from ltxforge.models.audio_features import latent_length, log_mel, mel_frames
 from ltxforge.models.blocks import Rope
 from ltxforge.models.interface import (
     Latents,
@@ -38,36 +36,20 @@ from ltxforge.models.interface import (
     Sample,
     WantedPrompt,
 )
-from ltxforge.models.ltx2 import Stream, audio_ropes, transformer_forward, video_ropes
+from ltxforge.models.ltx2 import Stream, audio_ropes, transformer_forward, unused_modules, video_ropes
+from ltxforge.models.ltx2_parts import LTX2Parts, Make, Part
 from ltxforge.models.ltx2_sampling import LTX2Sampler
-from ltxforge.models.parts import release_memory
+from ltxforge.models.parts import cast, release_memory, whole_float32
 from ltxforge.models.vae import decode_frames, encode_frames
 from ltxforge.plan import PromptPlan
 from ltxforge.shapes import LatentShape
 from ltxforge.specs import ModelSpec
 
-# Rope tables of so many sizes and lengths are kept; batches of one size follow each other.
-ROPE_TABLES_KEPT = 8
-# Gemma's hidden states wait on the host for the connectors; beyond so many bytes the two take turns.
-HIDDEN_STATES_HELD_BYTES = 2 * 2**30
-Part = TypeVar("Part")
-Make = Callable[[torch.device, torch.dtype], Part]
-
-
-@dataclass(frozen=True)
-class LTX2Parts:
-    """How each part is made, on demand, on the device and in the dtype it is given. Made by `load.py` and
-    `ltx2_tiny.py`. The text encoder comes with its tokenizer, which pads on the left.
-    """
-
-    transformer: Make[LTX2VideoTransformer3DModel]
-    vae: Make[AutoencoderKLLTX2Video]
-    audio_vae: Make[AutoencoderKLLTX2Audio]
-    vocoder: Make[LTX2Vocoder | LTX2VocoderWithBWE]
-    connectors: Make[LTX2TextConnectors]
-    text_encoder: Make[tuple[nn.Module, PreTrainedTokenizerBase]]
-    scheduler: Callable[[], FlowMatchEulerDiscreteScheduler]
-    mel: Callable[[], MelSettings]
+# Rope tables take 150 MB at 768x512x121; those of earlier sizes are kept up to so many bytes.
+ROPE_TABLES_KEPT_BYTES = 512 * 2**20
+# Gemma's hidden states, 75 MB for a caption of 200 tokens, wait on the host for the connectors; the two take turns
+# whenever a share of the host's free memory is full, or these bytes where there is little.
+HOST_SHARE_HELD, LEAST_HELD_BYTES = 0.25, 2 * 2**30
 
 
 class LTX2Video:
@@ -113,6 +95,15 @@ class LTX2Video:
         if self._transformer is None:
             transformer = self._parts.transformer(self.device, self.dtype)
             self._transformer = transformer.requires_grad_(False).eval()
+            self._leave_unused("cpu")
+
+    def _leave_unused(self, device: torch.device | str) -> None:
+        """What a run on one modality never computes lies on the host; samples, which are joint, need it back."""
+        if self.device.type == "meta":  # shapes alone: there is nothing to move
+            return
+        for module in unused_modules(self.transformer, self.modalities):
+            nn.Module.to(module, device)
+        release_memory(self.device)
 
     def blocks(self) -> Sequence[nn.Module]:
         return self.transformer.transformer_blocks
@@ -145,31 +136,39 @@ class LTX2Video:
     def _ropes(self, name: str, clip: Noisy, tokens: int) -> tuple[Rope, Rope]:
         key: tuple[LatentShape, float] | int = (clip.shape, clip.fps) if name == "video" else tokens
         if key not in self._rope_tables:
-            while len(self._rope_tables) >= ROPE_TABLES_KEPT:
-                del self._rope_tables[next(iter(self._rope_tables))]
             if name == "video":
                 assert tokens == clip.shape.tokens
-                self._rope_tables[key] = video_ropes(self.transformer, clip.shape, clip.fps, self.device)
+                made = video_ropes(self.transformer, clip.shape, clip.fps, self.device)
             else:
-                self._rope_tables[key] = audio_ropes(self.transformer, tokens, self.device)
+                made = audio_ropes(self.transformer, tokens, self.device)
+            kept = self._rope_tables
+            while kept and bytes_of(made) + sum(map(bytes_of, kept.values())) > ROPE_TABLES_KEPT_BYTES:
+                del kept[next(iter(kept))]
+            kept[key] = made
         return self._rope_tables[key]
 
-    def encode_prompts(self, wanted: Sequence[WantedPrompt], tokens: int) -> Generator[PromptEmbeddings, None, None]:
+    def encode_prompts(
+        self, wanted: Sequence[WantedPrompt], tokens: int, on_read: Callable[[int], None] = lambda _: None
+    ) -> Generator[PromptEmbeddings, None, None]:
         """See `VideoModel.encode_prompts`. Gemma and the connectors take turns, each alone on the device; captions go
         through one at a time, so that the bits of one do not depend on its neighbours.
         """
         waiting = deque(wanted)
         while waiting:
-            read = self._read_captions(waiting, tokens)
+            read = self._read_captions(waiting, tokens, lambda: on_read(len(wanted) - len(waiting)))
             yield from self._connected(read, tokens)
 
-    def _read_captions(self, waiting: deque[WantedPrompt], tokens: int) -> list[tuple[WantedPrompt, Tensor]]:
+    def _read_captions(
+        self, waiting: deque[WantedPrompt], tokens: int, on_read: Callable[[], None]
+    ) -> list[tuple[WantedPrompt, Tensor]]:
         """Gemma's hidden states of as many captions as the host may hold, taken from the front of `waiting`."""
+        most = max(LEAST_HELD_BYTES, HOST_SHARE_HELD * free_host_bytes())
         read: list[tuple[WantedPrompt, Tensor]] = []
         with self._held(self._parts.text_encoder, self.text_dtype) as encoder:
-            while waiting and sum(states.nbytes for _, states in read) < HIDDEN_STATES_HELD_BYTES:
+            while waiting and sum(states.nbytes for _, states in read) < most:
                 states = ltx2_text.hidden_states(*encoder, waiting[0].text, tokens)
                 read.append((waiting.popleft(), states.to("cpu", self.text_dtype)))
+                on_read()
             del encoder
         return read
 
@@ -224,12 +223,11 @@ class LTX2Video:
     def _resident_connectors(self) -> LTX2TextConnectors:
         """The connectors that stay, without the projections that `features` ran: those are their largest part."""
         if self._connectors is None:
-            connectors = self._parts.connectors(self.device, self.text_dtype).requires_grad_(False).eval()
+            connectors = self._parts.connectors(torch.device("cpu"), self.text_dtype).requires_grad_(False).eval()
             for name in ("text_proj_in", "video_text_proj_in", "audio_text_proj_in"):
                 if hasattr(connectors, name):
                     delattr(connectors, name)
-            release_memory(self.device)
-            self._connectors = connectors
+            self._connectors = cast(connectors, self.device, self.text_dtype)
         return self._connectors
 
     def vae(self) -> contextlib.AbstractContextManager[Any]:
@@ -264,6 +262,7 @@ class LTX2Video:
         return latent_length(seconds, self._mel)
 
     @torch.no_grad()
+    @whole_float32()
     def encode_sound(self, waveform: Tensor, length: int) -> Latents:
         """See `VideoModel.encode_sound`. A token is a latent frame: all channels of all its mel bins."""
         vae = self._encoder
@@ -290,5 +289,16 @@ class LTX2Video:
         assert self._encoder is None, "another part is on the device; it must be freed first"
         embeds = self.batch_prompts([prompts[prompt.prompt]], tokens)
         negative = self.batch_prompts([prompts[prompt.negative_prompt]], tokens) if prompt.guided else None
+        if prompt.frugal:
+            self._connectors = None  # loaded again with the next batch
         sampler = LTX2Sampler(self.spec, self.transformer, self._parts, self.device, self.vae_dtype)
-        return sampler.sample(prompt, embeds, negative, image, on_step)
+        try:
+            self._leave_unused(self.device)
+            return sampler.sample(prompt, embeds, negative, image, on_step)
+        finally:
+            self._leave_unused("cpu")
+
+
+def bytes_of(tables: tuple[Rope, Rope]) -> int:
+    """What rope tables take."""
+    return sum(table.nbytes for rope in tables for table in rope)

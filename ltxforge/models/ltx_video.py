@@ -260,15 +260,19 @@ class LTXVideo:
             self._vae = None
             release_memory(self.device)
 
-    def encode_prompts(self, wanted: Sequence[WantedPrompt], tokens: int) -> Generator[PromptEmbeddings, None, None]:
+    def encode_prompts(
+        self, wanted: Sequence[WantedPrompt], tokens: int, on_read: Callable[[int], None] = lambda _: None
+    ) -> Generator[PromptEmbeddings, None, None]:
         """Exactly the encoding of the rope's own pipeline: padded to `tokens`, then trimmed.
 
         LTXConditionPipeline hides the padding from the encoder, LTXPipeline and LTXImageToVideoPipeline do not. One
         caption at a time, so that its bits do not depend on its neighbours.
         """
         with self.text_encoder():
-            for prompt in wanted:
-                yield self._encode_prompt(prompt.text, tokens)
+            for number, prompt in enumerate(wanted, start=1):
+                encoded = self._encode_prompt(prompt.text, tokens)
+                on_read(number)
+                yield encoded
 
     @torch.no_grad()
     def _encode_prompt(self, caption: str, tokens: int) -> PromptEmbeddings:

@@ -1,8 +1,13 @@
-"""A model's parts on a device: cast, and freed so that the next one finds the room. Knows no part by name."""
+"""A model's parts on a device: cast, run in whole float32, and freed so that the next one finds the room.
+
+Knows no part by name.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
@@ -21,3 +26,14 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type != "cpu":
         torch.accelerator.empty_cache()
+
+
+@contextlib.contextmanager
+def whole_float32() -> Iterator[None]:
+    """Convolutions in float32 as it is: by default cuDNN rounds their inputs to TF32's ten bits."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

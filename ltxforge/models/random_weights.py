@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ltxforge.modalities import MODALITIES, has
 from ltxforge.models.audio_features import MelSettings
 from ltxforge.models.interface import PromptEmbeddings, VideoModel
-from ltxforge.models.ltx2_video import LTX2Parts, LTX2Video
+from ltxforge.models.ltx2_parts import LTX2Parts
+from ltxforge.models.ltx2_video import LTX2Video
 from ltxforge.models.ltx_video import LTXVideo, Parts
 from ltxforge.models.parts import cast
 from ltxforge.randomness import address

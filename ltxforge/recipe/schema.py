@@ -376,8 +376,8 @@ class Validation(_Section):
     frugal: bool = Field(
         False, description="LTX-2: decode in tiles, with nothing else on the device: slower, in far less memory."
     )
-    negative_prompt: str = Field(
-        "worst quality, inconsistent motion, blurry, jittery, distorted", description="Used where guidance is above 1."
+    negative_prompt: str | None = Field(
+        None, description="Used when guidance > 1. Default: the model version's, of the usual faults."
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="Starting noise of every sample.")
 

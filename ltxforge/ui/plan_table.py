@@ -78,11 +78,13 @@ def _rows(rows: Iterable[Row]) -> Table:
 
 def _model(plan: Plan) -> list[Row]:
     model, origin = plan.model, plan.origins.get
-    formula = {"plain": "8j/fps", "causal": "max(0, 8j - 7)/fps"}.get(model.rope, "")
+    formula = "at " + {"plain": "8j/fps", "causal": "max(0, 8j - 7)/fps"}.get(model.rope, "")
+    if "connectors" in model.components:
+        formula = "in the middle of the frames that it covers"
     rows = [
         ("base", model.base, origin("model.base", "")),
         ("version", model.version, origin("model.version", "")),
-        ("rope", f"{model.rope}: latent frame j at {formula}", origin("model.rope", "")),
+        ("rope", f"{model.rope}: latent frame j {formula}", origin("model.rope", "")),
     ]
     rows += [("parts", f"{', '.join(names)}: {place}", "") for place, names in _parts(plan).items()]
     rows += [("recognised by", evidence, "") for evidence in model.evidence]

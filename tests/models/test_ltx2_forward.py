@@ -330,3 +330,18 @@ def test_ropes_are_the_stock_model_s_for_the_clip_s_own_rate():
     coordinates = transformer.rope.prepare_video_coords(1, 3, 2, 3, CPU, fps=29.97)[0, 0].mean(-1)
     assert torch.allclose(coordinates.view(3, 6)[:, 0], middle)
     assert torch.equal(cross[0].view(1, 4, 3, 6, 8)[:, :, :, 0], cross[0].view(1, 4, 3, 6, 8)[:, :, :, 5])
+
+
+@pytest.mark.parametrize("alone", ["video", "audio"])
+@pytest.mark.parametrize("name", WIRINGS)
+def test_what_is_named_unused_can_be_gone_and_is_nearly_all_of_the_other_modality(name, alone):
+    transformer = make_transformer(name, torch.float32)
+    streams = taking_part(make_streams(transformer), alone)
+    clean = getattr(transformer_forward(transformer, streams), alone)
+    foreign = sum(p.numel() for n, p in transformer.named_parameters() if belongs_to(n) != alone)
+    unused = ltx2.unused_modules(transformer, alone)
+    assert sum(p.numel() for module in unused for p in module.parameters()) > 0.97 * foreign
+    for module in unused:
+        module.to("meta")
+    assert torch.equal(getattr(transformer_forward(transformer, streams), alone), clean)
+    assert ltx2.unused_modules(transformer, "both") == []

@@ -21,6 +21,7 @@ from transformers.audio_utils import mel_filter_bank, spectrogram, window_functi
 from ltxforge.estimates import caption_bytes
 from ltxforge.models import ltx2_text, ltx2_video
 from ltxforge.models.interface import PromptEmbeddings, WantedPrompt
+from ltxforge.models.ltx2_parts import LTX2Parts
 from ltxforge.models.ltx2_tiny import (
     gemma_tokenizer,
     tiny_audio_vae,
@@ -30,7 +31,7 @@ from ltxforge.models.ltx2_tiny import (
     tiny_vae,
     tiny_vocoder,
 )
-from ltxforge.models.ltx2_video import LTX2Parts, LTX2Video
+from ltxforge.models.ltx2_video import LTX2Video
 from ltxforge.models.tiny import synthetic_clip
 from ltxforge.specs import SPECS, TINY
 
@@ -230,7 +231,8 @@ def test_no_encoder_is_loaded_beside_another():
 def test_hidden_states_beyond_what_the_host_may_hold_take_several_turns(held, turns, monkeypatch):
     name = "tiny/ltx2"
     expected = list(make(name).encode_prompts(WANTED, TOKENS))
-    monkeypatch.setattr(ltx2_video, "HIDDEN_STATES_HELD_BYTES", held)
+    monkeypatch.setattr(ltx2_video, "LEAST_HELD_BYTES", held)
+    monkeypatch.setattr(ltx2_video, "HOST_SHARE_HELD", 0)
     watched = Watched(name)
     found = list(make(name, watched.parts).encode_prompts(WANTED, TOKENS))
     assert all(same(ours, theirs) for ours, theirs in zip(found, expected, strict=True))

@@ -88,7 +88,6 @@ EVERY_CLIP = {f"data: clip{n}.mp4" for n in range(5)}
 
 
 WITHOUT_SOUND = {"audio.loss_weight", "audio.sigma", "lora.modalities", "training.modalities"}
-PARTS = ("transformer", "vae", "audio_vae", "vocoder", "connectors", "text_encoder", "tokenizer", "scheduler")
 
 
 @pytest.mark.parametrize(
@@ -120,11 +119,11 @@ def test_another_recipe_or_other_data_is_refused_by_name(change, fields, finishe
     [
         ("audio.sigma=shared", {"audio.sigma"}),
         ("audio.loss_weight=0", {"audio.loss_weight"}),
-        ("training.modalities=video", WITHOUT_SOUND | EVERY_CLIP - {"data: clip0.mp4"}),
+        ("training.modalities=video", WITHOUT_SOUND),
         ("lora.modalities=video", {"lora.modalities"}),
         ("cache.text_cache=features", {"cache.text"}),
         ("conditioning.prompt_tokens=256", {"conditioning.prompt_tokens"}),
-        ("model.base=tiny/ltx2.3", {"model.version", *(f"model.components.{part}.digest" for part in PARTS)}),
+        ("model.base=tiny/ltx2.3", {"model.version"}),
         (other_sound_beside, {"data: clip3.mp4"}),
         (no_sound_beside, {"data: clip3.mp4"}),
         (sound_beside_a_mute_clip, {"data: clip0.mp4"}),

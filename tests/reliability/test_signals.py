@@ -60,7 +60,7 @@ def test_a_stop_while_gemma_and_the_connectors_take_turns(fresh, reference):
     """As with more captions than the host's memory holds of Gemma's states: here one is the limit. What was connected
     stays, and whether they took turns shows in no bit.
     """
-    turns = {"ltxforge.models.ltx2_video": {"HIDDEN_STATES_HELD_BYTES": 1}}
+    turns = {"ltxforge.models.ltx2_video": {"LEAST_HELD_BYTES": 1, "HOST_SHARE_HELD": 0}}
     at = {"event": "PhaseAdvanced", "phase": "prompts", "done": 3}
     stopped = fresh.run(code=130, signal_at={"at": at, "signal": signal.SIGINT}, constants=turns)
     assert "stopped while caching prompts" in stopped.text
