@@ -77,6 +77,7 @@ class Facts:
 def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     """Decide every number. Raises PlanError when there is nothing to train on or nothing to train."""
     spec, modalities = facts.spec, modalities_of(recipe, facts.spec)
+    _require_device(spec, facts.hardware)
     data = _data(recipe, facts, modalities)
     per_epoch = data.batches_per_epoch(recipe.training.batch_size) / recipe.training.accumulate
     steps = recipe.run.steps or max(1, math.ceil((recipe.run.epochs or 1) * per_epoch))
@@ -120,6 +121,14 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
             *notes_on(plan, spec, matched, _unread(recipe, facts), bool(recipe.validation.stg), facts.lora_file),
         ),
     )
+
+
+def _require_device(spec: ModelSpec, hardware: Hardware) -> None:
+    if spec.has_audio and hardware.kind == "mps":
+        raise PlanError(
+            f"{spec.version} cannot be computed on Apple GPUs: its positions are in float64, which they do not have",
+            remedy="Train LTX-Video here, or LTX-2 on a machine with a CUDA or ROCm GPU.",
+        )
 
 
 def _identifying(model: ModelPlan, modalities: str) -> ModelPlan:

@@ -420,3 +420,9 @@ def test_each_family_has_faults_of_its_own_to_keep_away_from():
     assert "sound" not in plan_for(MINIMAL + PROMPT).validation.prompts[0].negative_prompt
     said = '[validation]\nnegative_prompt = ""\n' + PROMPT
     assert ltx2_plan(said).validation.prompts[0].negative_prompt == ""
+
+
+def test_ltx2_is_refused_on_a_device_without_float64():
+    with pytest.raises(PlanError, match="Apple GPUs.*float64"):
+        ltx2_plan(hardware=dataclasses.replace(CPU, kind="mps"))
+    plan_for(hardware=dataclasses.replace(CPU, kind="mps"))
