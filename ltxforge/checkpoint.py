@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ltxforge.durable import retire, staged_folder, sweep_leftovers, verify_folder
 from ltxforge.errors import RunError
+from ltxforge.tensor_files import save_tensors
 
 ADAPTER, OPTIMIZER, LORA = "adapter.safetensors", "optimizer.safetensors", "lora.safetensors"
 
@@ -73,8 +74,9 @@ class Checkpoints:
                 return final
             retire(final)
         with staged_folder(final, {**facts, "step": step}) as folder:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}, folder / ADAPTER)
-            save_file({name: _own(tensor) for name, tensor in optimizer.items()}, folder / OPTIMIZER)
+            trained = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
+            save_tensors(folder / ADAPTER, trained)
+            save_tensors(folder / OPTIMIZER, {name: _own(tensor) for name, tensor in optimizer.items()})
             export(folder / LORA)
         self._damaged.discard(step)
         self._retire_old(step)

@@ -84,12 +84,18 @@ def commit_file(partial: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
-    """Yield a partial name beside `path` for others to write to; afterwards it gets its final name, or is removed."""
+    """Yield a partial name beside `path` for others to write to; afterwards it gets its final name, or is removed.
+
+    Its mode is that of a new file here, as umask or folder have it, whatever the writer gave it (safetensors: 0600).
+    """
     partial = _beside(path, "partial")
     with _disk_full_told(path):
         make_folder(path.parent)
         try:
+            partial.touch()
+            mode = partial.stat().st_mode
             yield partial
+            partial.chmod(mode)
             commit_file(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -114,7 +120,9 @@ def staged_folder(final: Path, facts: dict[str, Any]) -> Iterator[Path]:
         try:
             yield staging
             files = sorted(path for path in staging.rglob("*") if path.is_file())
+            mode = staging.stat().st_mode & 0o666  # a new folder's without x is a new file's
             for path in files:
+                path.chmod(mode)
                 _sync_file(path)
             listing = {path.relative_to(staging).as_posix(): file_digest(path) for path in files}
             content = {"facts": facts, "files": listing}

@@ -24,6 +24,27 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 
+POSIX_MODES = pytest.mark.skipif(os.name != "posix", reason="files have no mode bits here")
+
+
+@POSIX_MODES
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with durable.staged_file(tmp_path / "cache" / "entry") as partial:
+            partial.unlink()  # as safetensors does: a new file of its own, for its owner alone
+            partial.touch(0o600)
+        with durable.staged_folder(tmp_path / "step", {}) as folder:
+            (folder / "inner").mkdir()
+            (folder / "inner" / "tensors").touch(0o600)
+        durable.write_json(tmp_path / "plan.json", {})
+    finally:
+        os.umask(before)
+    found = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == dict.fromkeys(("entry", "tensors", durable.MANIFEST, "plan.json"), mode)
+
+
 def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
     final = tmp_path / "step"
     with pytest.raises(RuntimeError), durable.staged_folder(final, {}) as folder:

@@ -26,6 +26,7 @@ FLOORS = [
         "digests",
         "lock",
         "signals",
+        "tensor_files",
     },
     {"recipe", "specs", "specs_ltx2", "specs_ltx_video"},
     {"plan", "suites", "media", "hardware", "distributed"},

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ltxforge.durable import staged_file, sweep_leftovers
 from ltxforge.events import Emit, Note
+from ltxforge.tensor_files import save_tensors
 
 Key = Mapping[str, Any]
 
@@ -82,7 +82,7 @@ class Cache:
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         entry = Entry(held, content_digest(held))
         with staged_file(path) as partial:
-            save_file(held, partial, metadata={"key": key_text(key), "content": entry.digest})
+            save_tensors(partial, held, {"key": key_text(key), "content": entry.digest})
         return entry
 
     def sweep(self) -> None:
