@@ -26,6 +26,7 @@ from ltxforge.facts import Places, gather, places
 from ltxforge.flow_matching import sigma_quantiles
 from ltxforge.hardware import torch_device, torch_dtype
 from ltxforge.lock import RunLock
+from ltxforge.models.blueprints import require_whole
 from ltxforge.models.interface import VideoModel
 from ltxforge.models.load import load_model
 from ltxforge.models.sources import fetch
@@ -74,6 +75,7 @@ def plan_only(parsed: Parsed, out: Path | None, screen: Screen) -> None:
         home = RunDirectory(where.run)
         saved = home.saved_plan()
         plan = make_plan(parsed.recipe, gather(parsed, where, saved, emit, stop))
+        require_whole(plan.model)
         show_plan(plan, screen)
         if saved is not None:
             home.require_same_run(saved, plan)
@@ -143,6 +145,7 @@ def settle_plan(
         log.begin_anew()
     show_plan(plan, screen)
     plan = dataclasses.replace(plan, model=fetch(plan.model, emit, stop))
+    require_whole(plan.model)
     if saved is None:
         home.save_plan(plan, parsed.text, parsed.overrides)
     emit(PlanMade(to_json(dataclasses.replace(plan, data=dataclasses.replace(plan.data, samples=())))))

@@ -14,8 +14,18 @@ from typing import Any
 
 import torch
 
+from ltxforge.errors import WeightsError
+from ltxforge.models.stated import Stated
+
 # Slaney's scale (Auditory Toolbox, 1998): linear with 15 mels up to 1000 Hz, then 27 steps for each factor of 6.4.
 _BREAK_HZ, _BREAK_MEL, _MELS_PER_FACTOR, _FACTOR = 1000.0, 15.0, 27.0, 6.4
+
+# Lightricks' word → ours, and values of the types that they must have.
+_MEL_WORDS = {"n_mel_channels": "mel_bins", "mel_fmin": "lowest_hz", "mel_fmax": "highest_hz"}
+_STFT_WORDS = {"filter_length": "n_fft", "win_length": "win_length", "hop_length": "hop_length"}
+_LIKE = {
+    "sample_rate": 1, "n_fft": 1, "win_length": 1, "hop_length": 1, "mel_bins": 1, "lowest_hz": 1.0, "highest_hz": 1.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,25 +52,40 @@ class MelSettings:
         return self.sample_rate / self.hop_length / self.temporal_factor
 
     @staticmethod
-    def from_metadata(config: Mapping[str, Any]) -> MelSettings:
-        """Read from `config` of a single file's safetensors metadata; what is not there has its default."""
-        vae = config.get("audio_vae", {})
-        parameters = vae.get("model", {}).get("params", {})
-        stated = vae.get("preprocessing", {})
-        stft, mel = stated.get("stft", {}), stated.get("mel", {})
-        default = MelSettings()
-        n_fft = int(stft.get("filter_length", default.n_fft))
-        bins = parameters.get("ddconfig", {}).get("mel_bins") or mel.get("n_mel_channels") or default.mel_bins
-        rate = parameters.get("sampling_rate") or stated.get("audio", {}).get("sampling_rate") or default.sample_rate
-        highest = mel.get("mel_fmax")
-        return MelSettings(
-            sample_rate=int(rate),
-            n_fft=n_fft,
-            win_length=int(stft.get("win_length", n_fft)),
-            hop_length=int(stft.get("hop_length", default.hop_length)),
-            mel_bins=int(bins),
-            lowest_hz=float(mel.get("mel_fmin", default.lowest_hz)),
-            highest_hz=None if highest is None else float(highest),
+    def from_metadata(config: Mapping[str, Any], where: str = "") -> MelSettings:
+        """Read from `config` of a single file's safetensors metadata; what is not there has its default.
+
+        Raises WeightsError for what cannot be meant; `where` is the file, for that message.
+        """
+        vae = Stated(config, where, "metadata config").table("audio_vae")
+        parameters, stated = vae.table("model").table("params"), vae.table("preprocessing")
+        said: dict[str, Any] = {}
+        for table, names in (
+            (stated.table("audio"), {"sampling_rate": "sample_rate"}),
+            (stated.table("mel"), _MEL_WORDS),
+            (stated.table("stft"), _STFT_WORDS),
+            (parameters, {"sampling_rate": "sample_rate"}),
+            (parameters.table("ddconfig"), {"mel_bins": "mel_bins"}),
+        ):
+            found = table.settings(names, _LIKE)
+            said |= {name: value for name, value in found.items() if value is not None}
+        settings = MelSettings(**{"win_length": said.get("n_fft", MelSettings.n_fft), **said})
+        settings._require_sense(where)
+        return settings
+
+    def _require_sense(self, where: str) -> None:
+        """Refuse numbers that make no spectrogram."""
+        highest = self.sample_rate / 2 if self.highest_hz is None else self.highest_hz
+        if self.win_length > self.n_fft:
+            what = f"a window of {self.win_length} samples is longer than the transform's {self.n_fft}"
+        elif not self.lowest_hz < highest <= self.sample_rate / 2:
+            what = f"mel bins from {self.lowest_hz:g} to {highest:g} Hz do not fit {self.sample_rate} samples a second"
+        else:
+            return
+        raise WeightsError(
+            f"{what}, in metadata config.audio_vae",
+            where=where,
+            remedy="Its description is damaged or of another model; download it again or name another.",
         )
 
     @staticmethod

@@ -190,7 +190,9 @@ def _find_packed(sources: Sources, tree: Tree, own: bool, remedy: str) -> tuple[
         usable = [each for each in beside if each and _is_readable(each, packed_language_model(each))]
         found = _the_only(usable, "text_encoder")
     if found is None:
-        raise WeightsError(
+        bare = [tree.inside] if own else [tree.inside, *_files_beside(tree, "text_encoder")]
+        lacking = next((error for path in bare if (error := _not_packed(sources, tree, path, remedy))), None)
+        raise lacking or WeightsError(
             "a single file has no text encoder in it, nor a tokenizer",
             where=tree.describe(tree.inside),
             remedy=remedy,
@@ -207,6 +209,22 @@ def _packed(sources: Sources, tree: Tree, path: str) -> Found | None:
     if not config or layout.PACKED_TOKENIZER not in found.header.tensors:
         return None
     return dataclasses.replace(found, config=config)
+
+
+def _not_packed(sources: Sources, tree: Tree, path: str, remedy: str) -> WeightsError | None:
+    """What a file of a Gemma's weights alone lacks, as ComfyUI's of Gemma 3 do; None for a file without a Gemma."""
+    header = sources.found(dataclasses.replace(tree, inside=path), path, "text_encoder").header
+    assert header is not None
+    if not layout.has_language_model(header):
+        return None
+    lacks = [] if layout.packed_config(header.metadata) else [f"its configuration ({layout.PACKED_CONFIG} in metadata)"]
+    if layout.PACKED_TOKENIZER not in header.tensors:
+        lacks.append(f"its tokenizer ({layout.PACKED_TOKENIZER})")
+    return WeightsError(
+        f"has a Gemma's weights, but lacks {' and '.join(lacks)}",
+        where=tree.describe(path),
+        remedy=f"Use the folder, which has both. {remedy}",
+    )
 
 
 def packed_language_model(found: Found) -> Part:

@@ -7,11 +7,13 @@ Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ltxforge.errors import WeightsError
+from ltxforge.models.layout import blocks_of, require_timesteps
 from ltxforge.models.layout_ltx2 import Part, is_extended, vae_family, wiring_of
+from ltxforge.models.stated import Stated
 from ltxforge.specs import SPECS, ModelSpec
 
 Config = Mapping[str, Any]
@@ -31,17 +33,15 @@ _AUDIO_WORDS = {
     "causality_axis": "causality_axis", "dropout": "dropout", "mid_block_add_attention": "mid_block_add_attention",
     "mel_bins": "mel_bins",
 }  # fmt: skip
-_VOCODER_WORDS = {
-    "upsample_rates": "upsample_factors", "resblock_dilation_sizes": "resnet_dilations",
-    "output_sampling_rate": "output_sampling_rate",
-}  # fmt: skip
+_RATE_WORDS = {"upsample_rates": "upsample_factors", "resblock_dilation_sizes": "resnet_dilations"}
+_VOCODER_WORDS = {**_RATE_WORDS, "output_sampling_rate": "output_sampling_rate"}
 _EXTENSION_WORDS = {
     "n_fft": "filter_length", "hop_length": "hop_length", "num_mels": "num_mel_channels",
     "input_sampling_rate": "input_sampling_rate", "output_sampling_rate": "output_sampling_rate",
 }  # fmt: skip
 
 
-def transformer_config(part: Part, folder: Config, metadata: Config, spec: ModelSpec, where: str) -> dict[str, Any]:
+def transformer_config(part: Part, folder: Stated, metadata: Stated, spec: ModelSpec, where: str) -> dict[str, Any]:
     """Of LTX2VideoTransformer3DModel.
 
     Args:
@@ -52,17 +52,19 @@ def transformer_config(part: Part, folder: Config, metadata: Config, spec: Model
         where: the file, for messages.
     """
     table = spec.transformer_config
-    told = _told(table, folder) if folder else _of_lightricks(metadata.get("transformer", {}))
+    stated = folder or metadata.table("transformer")
+    require_timesteps(stated)
+    told = _told(table, folder) if folder else _of_lightricks(stated, table)
     wiring = wiring_of(part)
     audio_gated = part.has("transformer_blocks.0.audio_attn1.to_gate_logits.")
     shapes = {
-        "num_layers": part.count("transformer_blocks."),
-        "in_channels": part.shape("proj_in.weight")[1],
-        "out_channels": part.shape("proj_out.weight")[0],
-        "audio_in_channels": part.shape("audio_proj_in.weight")[1],
-        "audio_out_channels": part.shape("audio_proj_out.weight")[0],
-        "cross_attention_dim": part.shape("transformer_blocks.0.attn2.to_k.weight")[1],
-        "audio_cross_attention_dim": part.shape("transformer_blocks.0.audio_attn2.to_k.weight")[1],
+        "num_layers": blocks_of(stated, part.depth("transformer_blocks."), _published_depth(part, table)),
+        "in_channels": part.size("proj_in.weight", 1),
+        "out_channels": part.size("proj_out.weight", 0),
+        "audio_in_channels": part.size("audio_proj_in.weight", 1),
+        "audio_out_channels": part.size("audio_proj_out.weight", 0),
+        "cross_attention_dim": part.size("transformer_blocks.0.attn2.to_k.weight", 1),
+        "audio_cross_attention_dim": part.size("transformer_blocks.0.audio_attn2.to_k.weight", 1),
         "gated_attn": wiring.gated,
         "audio_gated_attn": audio_gated,
         "cross_attn_mod": _modulations(part, "") == 9,
@@ -72,7 +74,7 @@ def transformer_config(part: Part, folder: Config, metadata: Config, spec: Model
         **_heads(part, "audio_", "transformer_blocks.0.audio_attn1", told, table, where),
     }
     if wiring.captions:
-        shapes["caption_channels"] = part.shape("caption_projection.linear_1.weight")[1]
+        shapes["caption_channels"] = part.size("caption_projection.linear_1.weight", 1)
     switches = {
         "ff_bias": wiring.ff_bias,
         "audio_ff_bias": "transformer_blocks.0.audio_ff.net.2.bias" in part.entries,
@@ -83,15 +85,21 @@ def transformer_config(part: Part, folder: Config, metadata: Config, spec: Model
     return {**table, **told, **shapes, **unusual}
 
 
+def _published_depth(part: Part, table: Config) -> int:
+    """How many blocks a transformer of this width is published with; 0 for a width of its own."""
+    is_published = part.size("proj_in.weight", 0) == table["num_attention_heads"] * table["attention_head_dim"]
+    return table["num_layers"] if is_published else 0
+
+
 def _modulations(part: Part, side: str) -> int:
     """How many numbers per channel a timestep sets: 9 where the prompt's attention is modulated too, else 6."""
-    rows, width = part.shape(f"{side}time_embed.linear.weight") or (0, 1)
-    return rows // width
+    name = f"{side}time_embed.linear.weight"
+    return part.size(name, 0) // part.size(name, 1)
 
 
 def _heads(part: Part, side: str, module: str, told: Config, table: Config, where: str) -> dict[str, int]:
     """Heads and their width: gates have one row per head; else the file says it, else a published width does."""
-    width = part.shape(f"{side}proj_in.weight")[0]
+    width = part.size(f"{side}proj_in.weight", 0)
     count, size = f"{side}num_attention_heads", f"{side}attention_head_dim"
     gates = part.shape(f"{module}.to_gate_logits.weight")
     published = table[count] if width == table[count] * table[size] else None
@@ -105,21 +113,26 @@ def _heads(part: Part, side: str, module: str, told: Config, table: Config, wher
     return {count: heads, size: width // heads}
 
 
-def _of_lightricks(config: Config) -> dict[str, Any]:
-    said = _renamed(config, _TRANSFORMER_WORDS)
-    if "frequencies_precision" in config:
-        said["rope_double_precision"] = config["frequencies_precision"] == "float64"
-    match config.get("positional_embedding_max_pos"):
-        case [frames, height, width]:
-            said |= {"pos_embed_max_pos": frames, "base_height": height, "base_width": width}
-    match config.get("audio_positional_embedding_max_pos"):
-        case [frames]:
-            said["audio_pos_embed_max_pos"] = frames
+def _of_lightricks(stated: Stated, table: Config) -> dict[str, Any]:
+    said = stated.settings(_TRANSFORMER_WORDS, table)
+    if precision := _precision(stated):
+        said |= precision
+    if "positional_embedding_max_pos" in stated.values:
+        positions = stated.numbers("positional_embedding_max_pos", 3)
+        said |= dict(zip(("pos_embed_max_pos", "base_height", "base_width"), positions, strict=True))
+    if "audio_positional_embedding_max_pos" in stated.values:
+        said["audio_pos_embed_max_pos"] = stated.numbers("audio_positional_embedding_max_pos", 1)[0]
     return said
 
 
+def _precision(stated: Stated) -> dict[str, bool]:
+    if "frequencies_precision" not in stated.values:
+        return {}
+    return {"rope_double_precision": stated.value("frequencies_precision", "") == "float64"}
+
+
 def connectors_config(
-    part: Part, folder: Config, metadata: Config, spec: ModelSpec, text_encoder: tuple[int, int] | None, where: str
+    part: Part, folder: Stated, metadata: Stated, spec: ModelSpec, text_encoder: tuple[int, int] | None, where: str
 ) -> dict[str, Any]:
     """Of LTX2TextConnectors.
 
@@ -131,26 +144,27 @@ def connectors_config(
     """
     table = spec.connectors_config
     assert table is not None
-    stated = metadata.get("transformer", {})
-    told = _told(table, folder) if folder else {**_renamed(stated, {"positional_embedding_theta": "rope_theta"})}
-    if not folder:
-        told |= {name: value for name, value in _of_lightricks(stated).items() if name.startswith("rope_")}
-        match stated.get("connector_positional_embedding_max_pos"):
-            case [length]:
-                told["connector_rope_base_seq_len"] = length
+    stated = metadata.table("transformer")
+    if folder:
+        told = _told(table, folder)
+    else:
+        told = stated.settings({"positional_embedding_theta": "rope_theta", "rope_type": "rope_type"}, table)
+        told |= _precision(stated)
+        if "connector_positional_embedding_max_pos" in stated.values:
+            told["connector_rope_base_seq_len"] = stated.numbers("connector_positional_embedding_max_pos", 1)[0]
     sizes: dict[str, Any] = {}
     for side in ("video", "audio"):
         sizes |= _connector_sizes(part, side, told, table, stated, where)
     return {**table, **told, **sizes, **_projection_sizes(part, {**table, **told}, text_encoder)}
 
 
-def _connector_sizes(part: Part, side: str, told: Config, table: Config, stated: Config, where: str) -> dict[str, Any]:
+def _connector_sizes(part: Part, side: str, told: Config, table: Config, stated: Stated, where: str) -> dict[str, Any]:
     module = f"{side}_connector.transformer_blocks."
-    width = part.shape(f"{module}0.attn1.to_q.weight")[1]
+    width = part.size(f"{module}0.attn1.to_q.weight", 1)
     gates = part.shape(f"{module}0.attn1.to_gate_logits.weight")
     count, size = f"{side}_connector_num_attention_heads", f"{side}_connector_attention_head_dim"
-    general = stated.get("connector_num_attention_heads")
-    own = stated.get("audio_connector_num_attention_heads", general) if side == "audio" else general
+    words = ["connector_num_attention_heads", *(["audio_connector_num_attention_heads"] if side == "audio" else [])]
+    own = next((stated.value(word, 1) for word in reversed(words) if word in stated.values), None)
     published = table[count] if width == table[count] * table[size] else None
     heads = gates[0] if gates else told.get(count) or own or published
     if not isinstance(heads, int) or heads < 1 or width % heads:
@@ -159,20 +173,22 @@ def _connector_sizes(part: Part, side: str, told: Config, table: Config, stated:
             where=where,
             remedy="Give the folder with its config.json, or the single file with its metadata.",
         )
-    registers = part.shape(f"{side}_connector.learnable_registers")
+    registers, length = part.shape(f"{side}_connector.learnable_registers"), f"{side}_connector_num_learnable_registers"
     return {
         count: heads,
         size: width // heads,
-        f"{side}_connector_num_layers": part.count(module),
-        f"{side}_connector_num_learnable_registers": registers[0] if registers else None,
+        f"{side}_connector_num_layers": max(
+            part.depth(module), table[f"{side}_connector_num_layers"] if published else 0
+        ),
+        length: registers[0] if registers else table[length],
         f"{side}_gated_attn": bool(gates),
     }
 
 
 def _projection_sizes(part: Part, known: Config, text_encoder: tuple[int, int] | None) -> dict[str, Any]:
     shared = part.shape("text_proj_in.weight")
-    video, audio = part.shape("video_text_proj_in.weight"), part.shape("audio_text_proj_in.weight")
-    flat = (shared or video)[1]
+    video = part.shape("video_text_proj_in.weight")
+    flat = part.size("text_proj_in.weight" if shared else "video_text_proj_in.weight", 1)
     width = shared[0] if shared else text_encoder[0] if text_encoder else known["caption_channels"]
     sizes = {
         "caption_channels": width,
@@ -180,30 +196,40 @@ def _projection_sizes(part: Part, known: Config, text_encoder: tuple[int, int] |
         "per_modality_projections": not shared,
         "proj_bias": any(f"{name}.bias" in part.entries for name in ("text_proj_in", "video_text_proj_in")),
     }
-    return sizes if shared else {**sizes, "video_hidden_dim": video[0], "audio_hidden_dim": audio[0]}
+    if shared:
+        return sizes
+    return {**sizes, "video_hidden_dim": video[0], "audio_hidden_dim": part.size("audio_text_proj_in.weight", 0)}
 
 
-def vae_config(part: Part, folder: Config) -> dict[str, Any]:
+def vae_config(part: Part, folder: Stated) -> dict[str, Any]:
     """Of AutoencoderKLLTX2Video: the folder's own, else the family's table with the file's own sizes.
 
     A block of the encoder is as wide as its input, and hands on the next one's width; the decoder's lists run from the
     picture inwards, and an upsampler's factor divides the width that it leaves behind.
     """
     table = family_table(vae_family(part))
-    if "block_out_channels" in folder:
-        return {name: value for name, value in folder.items() if not name.startswith("_")}
+    if "block_out_channels" in folder.values:
+        return {name: value for name, value in folder.values.items() if not name.startswith("_")}
     downs = [f"encoder.down_blocks.{n}." for n in range(part.count("encoder.down_blocks."))]
     ups = [f"decoder.up_blocks.{n}." for n in range(part.count("decoder.up_blocks."))]
     factors = reversed(table["upsample_factor"])
     widths = [_width(part, up) * factor for up, factor in zip(ups, factors, strict=True)]
-    return {
-        **table,
-        "latent_channels": part.shape("decoder.conv_in.conv.weight")[1],
+    sizes = {
+        "latent_channels": part.size("decoder.conv_in.conv.weight", 1),
         "block_out_channels": tuple(_width(part, block) for block in [*downs[1:], "encoder.mid_block."]),
         "layers_per_block": tuple(_layers(part, block) for block in [*downs, "encoder.mid_block."]),
         "decoder_block_out_channels": tuple(reversed(widths)),
         "decoder_layers_per_block": tuple(_layers(part, block) for block in [*reversed(ups), "decoder.mid_block."]),
     }
+    return {**table, **sizes, **published_layers(sizes, table)}
+
+
+def published_layers(sizes: Config, table: Config) -> dict[str, Any]:
+    """The layers of the sides of a VAE that are as wide as published: what is fewer in a file is missing from it."""
+    sides = ("", "decoder_")
+    is_published = (sizes[f"{side}block_out_channels"] == table[f"{side}block_out_channels"] for side in sides)
+    layers = [f"{side}layers_per_block" for side, holds in zip(sides, is_published, strict=True) if holds]
+    return {name: table[name] for name in layers if len(table[name]) == len(sizes[name])}
 
 
 def family_table(family: str) -> dict[str, Any]:
@@ -212,60 +238,59 @@ def family_table(family: str) -> dict[str, Any]:
 
 
 def _width(part: Part, block: str) -> int:
-    return part.shape(f"{block}resnets.0.conv1.conv.weight")[0]
+    return part.size(f"{block}resnets.0.conv1.conv.weight", 0)
 
 
 def _layers(part: Part, block: str) -> int:
-    return part.count(f"{block}resnets.")
+    return part.depth(f"{block}resnets.")
 
 
-def audio_vae_config(part: Part, folder: Config, metadata: Config, spec: ModelSpec) -> dict[str, Any]:
+def audio_vae_config(part: Part, folder: Stated, metadata: Stated, spec: ModelSpec) -> dict[str, Any]:
     """Of AutoencoderKLLTX2Audio."""
     table = spec.audio_vae_config
     assert table is not None
-    told = _told(table, folder) if folder else _audio_of_lightricks(metadata.get("audio_vae", {}))
-    base = part.shape("encoder.conv_in.conv.weight")[0]
-    levels = range(part.count("encoder.down."))
-    widths = [part.shape(f"encoder.down.{level}.block.0.conv1.conv.weight")[0] for level in levels]
-    latents = part.shape("decoder.conv_in.conv.weight")[1]
+    told = _told(table, folder) if folder else _audio_of_lightricks(metadata.table("audio_vae"), table)
+    base = part.size("encoder.conv_in.conv.weight", 0)
+    levels = range(part.depth("encoder.down."))
+    widths = [part.size(f"encoder.down.{level}.block.0.conv1.conv.weight", 0) for level in levels]
+    latents = part.size("decoder.conv_in.conv.weight", 1)
+    published = table["num_res_blocks"] if base == table["base_channels"] else 0
     return {
         **table,
         **told,
         "base_channels": base,
         "ch_mult": tuple(width // base for width in widths),
-        "num_res_blocks": part.count("encoder.down.0.block."),
-        "in_channels": part.shape("encoder.conv_in.conv.weight")[1],
-        "output_channels": part.shape("decoder.conv_out.conv.weight")[0],
+        "num_res_blocks": max(published, *(part.depth(f"encoder.down.{level}.block.") for level in levels)),
+        "in_channels": part.size("encoder.conv_in.conv.weight", 1),
+        "output_channels": part.size("decoder.conv_out.conv.weight", 0),
         "latent_channels": latents,
-        "double_z": part.shape("encoder.conv_out.conv.weight")[0] == 2 * latents,
+        "double_z": part.size("encoder.conv_out.conv.weight", 0) == 2 * latents,
     }
 
 
-def _audio_of_lightricks(config: Config) -> dict[str, Any]:
-    parameters = config.get("model", {}).get("params", {})
-    stft = config.get("preprocessing", {}).get("stft", {})
-    said = _renamed(parameters.get("ddconfig", {}), _AUDIO_WORDS)
-    said |= _renamed(parameters, {"sampling_rate": "sample_rate"})
-    return said | _renamed(stft, {"hop_length": "mel_hop_length", "causal": "is_causal"})
+def _audio_of_lightricks(stated: Stated, table: Config) -> dict[str, Any]:
+    parameters = stated.table("model").table("params")
+    stft = stated.table("preprocessing").table("stft")
+    said = parameters.table("ddconfig").settings(_AUDIO_WORDS, table)
+    said |= parameters.settings({"sampling_rate": "sample_rate"}, table)
+    return said | stft.settings({"hop_length": "mel_hop_length", "causal": "is_causal"}, table)
 
 
-def vocoder_config(part: Part, folder: Config, metadata: Config, spec: ModelSpec) -> dict[str, Any]:
+def vocoder_config(part: Part, folder: Stated, metadata: Stated, spec: ModelSpec) -> dict[str, Any]:
     """Of LTX2Vocoder, or of LTX2VocoderWithBWE. Strides and dilations show in no shape."""
     table = spec.vocoder_config
     assert table is not None
+    stated = metadata.table("vocoder")
     if not is_extended(part):
-        told = _told(table, folder) if folder else _renamed(metadata.get("vocoder", {}), _VOCODER_WORDS)
+        told = _told(table, folder) if folder else stated.settings(_VOCODER_WORDS, table)
         return _fitted({**table, **told, **_vocoder_sizes(part, "")}, "")
     if folder:
         told = _told(table, folder)
     else:
-        stated = metadata.get("vocoder", {})
-        rates = ("upsample_factors", "resnet_dilations")
-        own = _renamed(stated.get("vocoder", {}), _VOCODER_WORDS)
-        extension = _renamed(stated.get("bwe", {}), _VOCODER_WORDS)
-        told = {name: own[name] for name in rates if name in own}
-        told |= {f"bwe_{name}": extension[name] for name in rates if name in extension}
-        told |= _renamed(stated.get("bwe", {}), _EXTENSION_WORDS)
+        extension = stated.table("bwe")
+        told = stated.table("vocoder").settings(_RATE_WORDS, table)
+        told |= extension.settings({theirs: f"bwe_{ours}" for theirs, ours in _RATE_WORDS.items()}, table)
+        told |= extension.settings(_EXTENSION_WORDS, table)
     sizes = _vocoder_sizes(part, "vocoder.")
     extended = {f"bwe_{name}": value for name, value in _vocoder_sizes(part, "bwe_generator.").items()}
     return _fitted(_fitted({**table, **told, **sizes, **extended}, ""), "bwe_")
@@ -278,26 +303,17 @@ def _fitted(config: dict[str, Any], side: str) -> dict[str, Any]:
 
 
 def _vocoder_sizes(part: Part, module: str) -> dict[str, Any]:
-    upsamplers = part.count(f"{module}upsamplers.")
-    hidden, channels = part.shape(f"{module}conv_in.weight")[:2]
-    kinds = part.count(f"{module}resnets.") // upsamplers
+    upsamplers = part.depth(f"{module}upsamplers.")
+    kinds = -(-part.depth(f"{module}resnets.") // max(1, upsamplers))
     return {
-        "in_channels": channels,
-        "hidden_channels": hidden,
-        "out_channels": part.shape(f"{module}conv_out.weight")[0],
-        "upsample_kernel_sizes": [part.shape(f"{module}upsamplers.{n}.weight")[2] for n in range(upsamplers)],
-        "resnet_kernel_sizes": [part.shape(f"{module}resnets.{n}.convs1.0.weight")[2] for n in range(kinds)],
+        "in_channels": part.size(f"{module}conv_in.weight", 1),
+        "hidden_channels": part.size(f"{module}conv_in.weight", 0),
+        "out_channels": part.size(f"{module}conv_out.weight", 0),
+        "upsample_kernel_sizes": [part.size(f"{module}upsamplers.{n}.weight", 2) for n in range(upsamplers)],
+        "resnet_kernel_sizes": [part.size(f"{module}resnets.{n}.convs1.0.weight", 2) for n in range(kinds)],
     }
 
 
-def _told(table: Config, config: Config) -> dict[str, Any]:
-    """What a folder's `config.json` says of the table's settings; lists as tuples where the table has tuples."""
-    return {
-        name: tuple(config[name]) if isinstance(value, tuple) and isinstance(config[name], Sequence) else config[name]
-        for name, value in table.items()
-        if name in config
-    }
-
-
-def _renamed(config: Config, words: Mapping[str, str]) -> dict[str, Any]:
-    return {ours: config[theirs] for theirs, ours in words.items() if theirs in config}
+def _told(table: Config, folder: Stated) -> dict[str, Any]:
+    """What a folder's `config.json` says of the table's settings."""
+    return folder.settings({name: name for name in table}, table)

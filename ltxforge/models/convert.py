@@ -16,12 +16,16 @@ from diffusers.loaders.single_file_utils import (
     convert_ltx_vae_checkpoint_to_diffusers,
 )
 
+from ltxforge.errors import WeightsError
+from ltxforge.models.config_ltx2 import published_layers
 from ltxforge.models.layout import VaeLayout, transformer_layout, transformer_tensors, vae_layout, vae_tensors
 from ltxforge.models.weights import Header
 from ltxforge.specs import SPECS
 
 # The width at which diffusers' function tells a 0.9.5 encoder; `layout.py` tells it by wiring, whatever the width.
 _WIDTH_OF_095 = 2048
+# The tensor whose width that is; that a file lacks it must be said later, with all else that it lacks.
+_ASKED_FOR = "vae.encoder.conv_out.conv.weight"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ def vae_names(header: Header) -> dict[str, str]:
         return own
     width = _WIDTH_OF_095 if layout.family == "0.9.5" else 0
     markers = {f"vae.{name}": _Name(original, (0, width)) for name, original in own.items()}
-    return {name: marker.original for name, marker in convert_ltx_vae_checkpoint_to_diffusers(markers).items()}
+    markers.setdefault(_ASKED_FOR, _Name("", (0, width)))
+    converted = convert_ltx_vae_checkpoint_to_diffusers(markers)
+    return {name: marker.original for name, marker in converted.items() if marker.original}
 
 
 def _original_names(header: Header, tensors: Mapping[str, Any]) -> dict[str, str]:
@@ -61,14 +67,26 @@ def _original_names(header: Header, tensors: Mapping[str, Any]) -> dict[str, str
     return {name: originals[name] for name in tensors}
 
 
-def vae_config(header: Header, config: Mapping[str, Any]) -> dict[str, Any]:
-    """diffusers' configuration of the VAE: the folder's own, else the family's table with the file's own sizes."""
+def vae_config(header: Header, config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """diffusers' configuration of the VAE: the folder's own, else the family's table with the file's own sizes.
+
+    Raises WeightsError if a tensor that tells a size is missing; `where` is the file, for that message.
+    """
     if "block_out_channels" in config:
         return {name: value for name, value in config.items() if not name.startswith("_")}
     layout = vae_layout(header)
     assert layout is not None
     shapes = {name: header.tensors[original].shape for name, original in vae_names(header).items()}
-    return {**SPECS[layout.family].vae_config, **_encoder_sizes(shapes, layout), **_decoder_sizes(shapes, layout)}
+    table = SPECS[layout.family].vae_config
+    try:
+        sizes = {**_encoder_sizes(shapes, layout), **_decoder_sizes(shapes, layout)}
+    except (LookupError, ValueError) as error:
+        raise WeightsError(
+            f"the VAE lacks what its sizes are read from: {error}",
+            where=where,
+            remedy="The file is incomplete or of another model; download it again or name another.",
+        ) from error
+    return {**table, **sizes, **published_layers(sizes, table)}
 
 
 def _encoder_sizes(shapes: Mapping[str, tuple[int, ...]], layout: VaeLayout) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _channels(found: Mapping[str, Found], name: str, setting: str) -> int:
     transformer = found["transformer"]
     if transformer.tree is None:
         return TINY[transformer.builtin].transformer_config[setting]
-    return transformer.part("transformer").shape(name)[1]
+    return transformer.part("transformer").size(name, 1)
 
 
 def _fit_vae(spec: ModelSpec, found: Mapping[str, Found]) -> None:
@@ -92,7 +92,7 @@ def _fit_vae(spec: ModelSpec, found: Mapping[str, Found]) -> None:
             f"{spec.vae_family} VAE; latents of different VAEs are not interchangeable",
             vae, spec, "vae",
         )  # fmt: skip
-    own = TINY[vae.builtin].latent_channels if vae.tree is None else vae.part("vae").shape("latents_mean")[0]
+    own = TINY[vae.builtin].latent_channels if vae.tree is None else vae.part("vae").size("latents_mean", 0)
     wanted = _channels(found, "proj_in.weight", "in_channels")
     if own != wanted:
         raise _refused(f"the VAE has {own} latent channels, but the transformer {wanted}", vae, spec, "vae")
@@ -104,7 +104,7 @@ def _fit_audio_vae(spec: ModelSpec, found: Mapping[str, Found]) -> None:
     if vae.tree is None:
         own = TINY[vae.builtin].transformer_config["audio_in_channels"]
     else:
-        own = vae.part("audio_vae").shape("latents_mean")[0]
+        own = vae.part("audio_vae").size("latents_mean", 0)
     wanted = _channels(found, "audio_proj_in.weight", "audio_in_channels")
     if own != wanted:
         what = f"the audio VAE makes {own} numbers per latent frame, but the transformer takes {wanted}"
@@ -141,7 +141,7 @@ def _fit_connectors(spec: ModelSpec, found: Mapping[str, Found]) -> None:
             connectors, spec, "connectors",
         )  # fmt: skip
     for side, prefix in (("video", ""), ("audio", "audio_")):
-        made = part.shape(f"{side}_connector.transformer_blocks.0.attn1.to_q.weight")[0]
+        made = part.size(f"{side}_connector.transformer_blocks.0.attn1.to_q.weight", 0)
         taken = _prompt_width(found["transformer"], prefix)
         if made != taken:
             raise _refused(
@@ -157,8 +157,8 @@ def _prompt_width(transformer: Found, prefix: str) -> int:
         name = "caption_channels" if config["use_prompt_embeddings"] else f"{prefix}cross_attention_dim"
         return config[name]
     part = transformer.part("transformer")
-    projected = part.shape(f"{prefix}caption_projection.linear_1.weight")
-    return (projected or part.shape(f"transformer_blocks.0.{prefix}attn2.to_k.weight"))[1]
+    projected = f"{prefix}caption_projection.linear_1.weight"
+    return part.size(projected if projected in part.entries else f"transformer_blocks.0.{prefix}attn2.to_k.weight", 1)
 
 
 def connector_part(connectors: Found) -> Part:
@@ -206,4 +206,5 @@ def _projected_width(connectors: Found) -> int:
         assert config is not None
         return config["caption_channels"] * config["text_proj_in_factor"]
     part = connector_part(connectors)
-    return (part.shape("text_proj_in.weight") or part.shape("video_text_proj_in.weight"))[1]
+    shared = "text_proj_in.weight"
+    return part.size(shared if shared in part.entries else "video_text_proj_in.weight", 1)

@@ -15,10 +15,12 @@ from typing import Any
 from ltxforge.errors import WeightsError
 from ltxforge.lora.header import describe
 from ltxforge.models.layout_ltx2 import is_transformer, part_of
+from ltxforge.models.stated import Stated
 from ltxforge.models.weights import Header, TensorEntry
 from ltxforge.specs import ModelSpec
 
 SINGLE_FILE_PREFIX = "model.diffusion_model."
+TIMESTEPS = 1000
 QUANTISED = ("F8_", "I8", "U8", "F4", "F6")
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 
@@ -134,25 +136,51 @@ def refuse_quantised(header: Header, where: str) -> None:
         )
 
 
+def blocks_of(stated: Stated, found: int, published: int) -> int:
+    """How many transformer blocks there must be: as stated, else as published with this width, else as found.
+
+    A model that was made shorter must say so: a file that only lost its last blocks looks just like it.
+
+    Args:
+        stated: what the weights say of themselves.
+        found: blocks up to the last one in the file.
+        published: those of the version, 0 for a width of its own.
+    """
+    return stated.settings({"num_layers": "num_layers"}, {"num_layers": 1}).get("num_layers", max(found, published))
+
+
+def require_timesteps(stated: Stated) -> None:
+    """Refuse a transformer that takes other timesteps than sigma · 1000, which flow_matching.py makes."""
+    name = "timestep_scale_multiplier"
+    if name in stated.values and (scale := stated.value(name, 1.0)) != TIMESTEPS:
+        raise WeightsError(
+            f"says {name} = {scale:g}, so its transformer was trained on sigma · {scale:g}; ltxforge gives every "
+            f"transformer sigma · {TIMESTEPS}, as all published ones take it",
+            where=stated.where,
+            remedy="Name a transformer of a published kind; if this is one, its description is damaged.",
+        )
+
+
 def _any(names: Iterable[str], parts: tuple[str, ...]) -> bool:
     return any(part in name for name in names for part in parts)
 
 
-def transformer_config(
-    layout: TransformerLayout, config: Mapping[str, Any], spec: ModelSpec, where: str
-) -> dict[str, Any]:
+def transformer_config(layout: TransformerLayout, stated: Stated, spec: ModelSpec, where: str) -> dict[str, Any]:
     """diffusers' configuration for a transformer: the version's table with the file's own sizes.
 
     Args:
         layout: sizes from the file's shapes.
-        config: diffusers' `config.json`, or the `transformer` part of a single file's metadata; may be empty.
+        stated: diffusers' `config.json`, or the `transformer` part of a single file's metadata; may be empty.
         spec: the version.
         where: the file, for messages.
 
-    The number of heads shows in no shape: it comes from `config`, else from the table if the width is the table's.
+    The number of heads shows in no shape: it comes from `stated`, else from the table if the width is the table's.
     """
     table = spec.transformer_config
-    heads = config.get("num_attention_heads") or (table["num_attention_heads"] if layout.width == spec.width else None)
+    require_timesteps(stated)
+    is_published = layout.width == spec.width
+    heads = table["num_attention_heads"] if is_published else None
+    heads = stated.settings({"num_attention_heads": "num_attention_heads"}, table).get("num_attention_heads", heads)
     if not isinstance(heads, int) or heads < 1 or layout.width % heads:
         raise WeightsError(
             f"has an unpublished width of {layout.width} and does not say how many attention heads it has",
@@ -161,7 +189,7 @@ def transformer_config(
         )
     return {
         **table,
-        "num_layers": layout.blocks,
+        "num_layers": blocks_of(stated, layout.blocks, spec.blocks if is_published else 0),
         "num_attention_heads": heads,
         "attention_head_dim": layout.width // heads,
         "in_channels": layout.in_channels,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ltxforge.errors import WeightsError
 from ltxforge.models.formats import is_companion
 from ltxforge.models.weights import Header, TensorEntry
 from ltxforge.specs import ModelSpec, specs_of
@@ -59,17 +60,37 @@ _PROJECTIONS = {
 PACKED_CONFIG, PACKED_TOKENIZER = "gemma_config", "tokenizer_json"
 """A packed text encoder's configuration, in its file's metadata, and its tokenizer, bytes in a tensor."""
 
+_LANGUAGE_LAYER = re.compile(r"(model\.|language_model\.)+layers\.\d+\.mlp\.(gate|up|down)_proj\.weight")
+
 
 @dataclass(frozen=True)
 class Part:
-    """One part's tensors by diffusers' names: `names` as the file has them, `entries` as its header lists them."""
+    """One part's tensors by diffusers' names: `names` as the file has them, `entries` as its header lists them.
+
+    `where` is the file, for messages.
+    """
 
     names: Mapping[str, str]
     entries: Mapping[str, TensorEntry]
+    where: str = ""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, () if it is absent."""
         return self.entries[name].shape if name in self.entries else ()
+
+    def size(self, name: str, axis: int) -> int:
+        """A tensor's size along an axis. Raises WeightsError where there is none: the file is incomplete."""
+        shape = self.shape(name)
+        if axis >= len(shape):
+            lacks = (
+                f"has {name} in the shape {shape}, which has too few axes" if name in self.entries else f"lacks {name}"
+            )
+            raise WeightsError(
+                f"{lacks}, without which the sizes of its part are not known",
+                where=self.where,
+                remedy="The file is incomplete or damaged; download it again or name another.",
+            )
+        return shape[axis]
 
     def has(self, prefix: str) -> bool:
         """Whether any tensor's name begins so."""
@@ -77,16 +98,24 @@ class Part:
 
     def count(self, prefix: str) -> int:
         """How many numbered modules there are under a prefix."""
-        return len({found[1] for name in self.entries if (found := re.match(re.escape(prefix) + r"(\d+)\.", name))})
+        return len(self._numbers(prefix))
+
+    def depth(self, prefix: str) -> int:
+        """How many numbered modules there must be under a prefix for the last one to be there."""
+        return 1 + max(self._numbers(prefix), default=-1)
+
+    def _numbers(self, prefix: str) -> set[int]:
+        numbered = re.compile(re.escape(prefix) + r"(\d+)\.")
+        return {int(found[1]) for name in self.entries if (found := numbered.match(name))}
 
 
-def part_of(header: Header, name: str) -> Part:
+def part_of(header: Header, name: str, where: str = "") -> Part:
     """A part's tensors in a checkpoint, perhaps none: "transformer", "vae", "audio_vae", "vocoder" or "connectors"."""
     own = {bare: original for bare, original in _bare_names(header, name).items() if not is_companion(original)}
     rename = _vae_name(own) if name in ("vae", "audio_vae") else _plain_name
     renamed = {rename(bare): original for bare, original in own.items()}
     names = {ours: original for ours, original in renamed.items() if ours}
-    return Part(names, {ours: header.tensors[original] for ours, original in names.items()})
+    return Part(names, {ours: header.tensors[original] for ours, original in names.items()}, where)
 
 
 def packed_config(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -115,9 +144,14 @@ def language_model(header: Header) -> Part:
     return Part(names, {ours: header.tensors[name] for ours, name in names.items()})
 
 
+def has_language_model(header: Header) -> bool:
+    """Whether a file has a language model's layers, whatever its other tensors are, in any of the usual spellings."""
+    return any(_LANGUAGE_LAYER.fullmatch(name) for name in header.tensors)
+
+
 def joined(first: Part, second: Part) -> Part:
     """Two files' tensors of one part; the first one's count where both have one."""
-    return Part({**second.names, **first.names}, {**second.entries, **first.entries})
+    return Part({**second.names, **first.names}, {**second.entries, **first.entries}, first.where)
 
 
 def _bare_names(header: Header, part: str) -> dict[str, str]:

@@ -22,6 +22,7 @@ from ltxforge.errors import Stopped, WeightsError
 from ltxforge.events import Emit, Note
 from ltxforge.models.hub import fetch_files, open_hub
 from ltxforge.models.layout import transformer_config, transformer_layout
+from ltxforge.models.stated import Stated
 from ltxforge.models.stored import measured_spec
 from ltxforge.models.trees import LocalTree, Tree, join, weight_files, whole_header
 from ltxforge.plan import ComponentPlan, ModelPlan
@@ -134,5 +135,5 @@ def spec_of(model: ModelPlan) -> ModelSpec:
     header, config = whole_header(tree, tree.inside)
     layout = transformer_layout(header)
     assert layout is not None, "detect.py planned a transformer that is none"
-    told = config or header.config.get("transformer", {})
-    return dataclasses.replace(spec, transformer_config=transformer_config(layout, told, spec, part.location))
+    stated = Stated.of(header, config, "transformer", part.location)
+    return dataclasses.replace(spec, transformer_config=transformer_config(layout, stated, spec, part.location))

@@ -16,6 +16,7 @@ from typing import Any
 from ltxforge.digests import FileDigests
 from ltxforge.models import config_ltx2 as config
 from ltxforge.models.layout_ltx2 import Part, has_projections, joined, packed_config, part_of
+from ltxforge.models.stated import Stated
 from ltxforge.models.trees import LocalTree, whole_header
 from ltxforge.models.weights import Header
 from ltxforge.plan import ComponentPlan
@@ -31,7 +32,7 @@ class Stored:
 
     files: tuple[Path, ...]
     part: Part
-    folder: Mapping[str, Any]
+    folder: Stated
     header: Header
 
     @property
@@ -39,15 +40,15 @@ class Stored:
         return str(self.files[0])
 
     @property
-    def metadata(self) -> Mapping[str, Any]:
+    def metadata(self) -> Stated:
         """The `config` of a single file's metadata; empty for a folder."""
-        return {} if self.folder else self.header.config
+        return Stated() if self.folder else Stated.in_metadata(self.header, self.where)
 
 
 def stored(path: Path, name: str) -> Stored:
     """A part at a place."""
     header, folder = whole_header(LocalTree(path.parent, path.name, FileDigests()), path.name)
-    return Stored((path,), part_of(header, name), folder, header)
+    return Stored((path,), part_of(header, name, str(path)), Stated(folder, str(path)), header)
 
 
 def stored_connectors(components: Components, path: Path) -> Stored:
@@ -63,6 +64,8 @@ def stored_connectors(components: Components, path: Path) -> Stored:
 def text_encoder_sizes(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     """(width, layers) of a Gemma by its configuration, or None."""
     text = settings.get("text_config", settings)
+    if not isinstance(text, dict):
+        return None
     width, layers = text.get("hidden_size"), text.get("num_hidden_layers")
     return (width, layers) if isinstance(width, int) and isinstance(layers, int) else None
 
@@ -74,7 +77,7 @@ def measured_spec(components: Components, spec: ModelSpec) -> ModelSpec:
         part = components[name]
         if part.kind == "builtin":
             sizes[f"{name}_config"] = getattr(TINY[part.source], f"{name}_config")
-        elif part.location and (name != "connectors" or _has_both(components)):
+        elif part.location and (name != "connectors" or has_both(components)):
             sizes[f"{name}_config"] = _measured(components, name, spec)
     return _with_caption_channels(dataclasses.replace(spec, **sizes))
 
@@ -109,7 +112,7 @@ def _text_encoder_settings(path: Path) -> Mapping[str, Any]:
     return packed_config(whole_header(LocalTree(path.parent, path.name, FileDigests()), path.name)[0].metadata)
 
 
-def _has_both(components: Components) -> bool:
+def has_both(components: Components) -> bool:
     """Whether connectors and text encoder can be read together."""
     encoder = components["text_encoder"]
     return bool(encoder.location) or encoder.kind == "builtin"

@@ -7,7 +7,7 @@ be in the file, in its shape, and nothing else; says which are not. Knows no mod
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -45,10 +45,7 @@ def fill(
         source: a single file, a folder of one or several, or the files themselves.
         names: the module's name → the file's own name, of all tensors that belong to it.
     """
-    files = files_of(source)
-    headers = {file: read_header(file) for file in files}
-    where = str(source if isinstance(source, Path) else files[0])
-    _require_same_tensors(module, headers.values(), names, where)
+    headers = require_same_tensors(module, source, names, "model")
     wanted = {original: name for name, original in names.items()}
     tensors: dict[str, Tensor] = {}
     for file, header in headers.items():
@@ -101,9 +98,21 @@ def read_tensor(file: BinaryIO, entry: TensorEntry, where: str) -> Tensor:
     return value
 
 
-def _require_same_tensors(module: nn.Module, headers: Collection[Header], names: Mapping[str, str], where: str) -> None:
-    """Compare names and shapes before a byte of data is read."""
-    stored = {name: entry.shape for header in headers for name, entry in header.tensors.items()}
+def require_same_tensors(
+    module: nn.Module, source: Path | Sequence[Path], names: Mapping[str, str], noun: str
+) -> dict[Path, Header]:
+    """Refuse files whose tensors are not the module's, by names and shapes, before a byte of data is read.
+
+    Args:
+        module, source, names: as for `fill`.
+        noun: what the module is, for the message.
+
+    Returns:
+        The files and their headers.
+    """
+    files = files_of(source)
+    headers = {file: read_header(file) for file in files}
+    stored = {name: entry.shape for header in headers.values() for name, entry in header.tensors.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     problems = {
         "missing": [name for name in expected if name not in names],
@@ -116,10 +125,11 @@ def _require_same_tensors(module: nn.Module, headers: Collection[Header], names:
     }
     if found := [_said(kind, tensors) for kind, tensors in problems.items() if tensors]:
         raise WeightsError(
-            "tensors do not fit the model: " + "; ".join(found),
-            where=where,
+            f"tensors do not fit the {noun}: " + "; ".join(found),
+            where=str(source if isinstance(source, Path) else files[0]),
             remedy="The file is incomplete or of another model; download it again or name another.",
         )
+    return headers
 
 
 def _said(kind: str, names: list[str]) -> str:

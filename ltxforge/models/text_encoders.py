@@ -22,6 +22,7 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma4UnifiedConfig,
     Gemma4UnifiedForConditionalGeneration,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     T5EncoderModel,
@@ -29,11 +30,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
 from ltxforge.models.formats import is_companion
-from ltxforge.models.layout_ltx2 import PACKED_CONFIG, PACKED_TOKENIZER, language_model
+from ltxforge.models.layout_ltx2 import PACKED_TOKENIZER, Part, language_model, packed_config
 from ltxforge.models.parts import cast
-from ltxforge.models.tensors import NAMED_IN_ERRORS, read_tensor, read_tensors
+from ltxforge.models.tensors import DTYPES, NAMED_IN_ERRORS, read_tensor, read_tensors
+from ltxforge.models.trees import LocalTree, whole_header
 from ltxforge.models.weights import Header, read_header
 
 Gemma = Gemma3ForConditionalGeneration | Gemma4UnifiedForConditionalGeneration
@@ -57,26 +60,66 @@ def load_gemma(
     if encoder.is_file():
         header = read_header(encoder)
         return _packed_gemma(encoder, header, device, dtype), _packed_tokenizer(encoder, header)
+    return _from_folder(_gemma_class(encoder), encoder, device, dtype), as_gemma(load_tokenizer(tokenizer))
+
+
+def require_whole_t5(encoder: Path) -> None:
+    """Refuse a T5 whose tensors do not fit its configuration. Reads headers alone."""
+    _require_whole_folder(T5EncoderModel, encoder)
+
+
+def require_whole_gemma(encoder: Path) -> None:
+    """Refuse a Gemma, in a folder or packed, whose tensors do not fit its configuration. Reads headers alone."""
+    if encoder.is_file():
+        header = read_header(encoder)
+        tensors = _without_memory(language_model(header))
+        _packed_model(header, tensors, torch.bfloat16, str(encoder), device_map="meta")
+    else:
+        _require_whole_folder(_gemma_class(encoder), encoder)
+
+
+def _gemma_class(encoder: Path) -> type[Gemma]:
     kind = json.loads((encoder / "config.json").read_bytes()).get("model_type", "")
     if kind not in GEMMA_CLASSES:
         raise WeightsError(f"holds a {kind or 'model of an unknown kind'}, not a Gemma 3 or 4", where=str(encoder))
-    return _from_folder(GEMMA_CLASSES[kind], encoder, device, dtype), as_gemma(load_tokenizer(tokenizer))
+    return GEMMA_CLASSES[kind]
 
 
-def _from_folder(kind: type, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def _require_whole_folder(kind: type[PreTrainedModel], folder: Path) -> None:
+    """transformers' own comparison, over tensors without memory: it knows the names of older folders."""
+    header, _ = whole_header(LocalTree(folder.parent, folder.name, FileDigests()), folder.name)
+    tensors = _without_memory(Part({name: name for name in header.tensors}, header.tensors))
+    config = kind.config_class.from_pretrained(folder, local_files_only=True)
+    _built(kind, None, str(folder), torch.bfloat16, config=config, state_dict=tensors, device_map="meta")
+
+
+def _without_memory(part: Part) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.empty(entry.shape, dtype=DTYPES.get(entry.dtype, torch.uint8), device="meta")
+        for name, entry in part.entries.items()
+    }
+
+
+def _from_folder(kind: type[PreTrainedModel], folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    module = _built(
+        kind, folder, str(folder), dtype, local_files_only=True, use_safetensors=True, device_map={"": str(device)}
+    )
+    return cast(module, device, dtype)
+
+
+def _built(kind: type[PreTrainedModel], source: Path | None, where: str, dtype: torch.dtype, **settings: Any) -> Any:
+    """A module by transformers' own loading, refused where transformers would have made up a part."""
     with _quiet_transformers():
         module, told = kind.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, device_map={"": str(device)},
-            output_loading_info=True,
-        )  # fmt: skip
-    _require_whole(told, str(folder))
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+    _require_fit(told, where)
     if scaled := [name for name in told["unexpected_keys"] if is_companion(name)]:
-        raise WeightsError(f"is a quantised text encoder ({scaled[0]})", where=str(folder), remedy="Use the bf16 one.")
-    return cast(module.eval(), device, dtype)
+        raise WeightsError(f"is a quantised text encoder ({scaled[0]})", where=where, remedy="Use the bf16 one.")
+    return module.eval()
 
 
-def _require_whole(told: Mapping[str, Any], where: str) -> None:
-    """Refuse an encoder of which transformers would have made up a part."""
+def _require_fit(told: Mapping[str, Any], where: str) -> None:
     # Gemma's head is its embedding, which is stored once; nothing asks it anything.
     wrong = sorted({*told["missing_keys"], *(each[0] for each in told["mismatched_keys"])} - {"lm_head.weight"})
     if wrong:
@@ -88,21 +131,30 @@ def _require_whole(told: Mapping[str, Any], where: str) -> None:
 
 
 def _packed_gemma(path: Path, header: Header, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The language model of a packed file; its other modalities' towers are neither built nor read."""
-    config = Gemma4UnifiedConfig(text_config=_text_config(header.metadata))
+    """The language model of a packed file; its other modalities' towers are neither built nor read.
+
+    The peak is the module's own size in `dtype` and one tensor: a bf16 file in float32, as on a CPU, takes twice its
+    size.
+    """
     wanted = {original: name for name, original in language_model(header).names.items()}
     tensors = {wanted[name]: value for name, value in read_tensors(path, header, wanted, device, dtype)}
-    with _quiet_transformers():
-        module, told = Gemma4UnifiedForConditionalGeneration.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
-        )
-    _require_whole(told, str(path))
-    return cast(module.eval(), device, dtype)
+    return cast(_packed_model(header, tensors, dtype, str(path)), device, dtype)
+
+
+def _packed_model(
+    header: Header, tensors: dict[str, torch.Tensor], dtype: torch.dtype, where: str, **settings: Any
+) -> nn.Module:
+    """The language model that a packed file's metadata describes, made of these tensors."""
+    config = Gemma4UnifiedConfig(text_config=_text_config(header.metadata))
+    kind = Gemma4UnifiedForConditionalGeneration
+    return _built(kind, None, where, dtype, config=config, state_dict=tensors, **settings)
 
 
 def _text_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    config = json.loads(metadata[PACKED_CONFIG])
-    return {name: value for name, value in config["text_config"].items() if name not in ("dtype", "torch_dtype")}
+    config = packed_config(metadata)
+    return {
+        name: value for name, value in config.get("text_config", config).items() if name not in ("dtype", "torch_dtype")
+    }
 
 
 def _packed_tokenizer(path: Path, header: Header) -> PreTrainedTokenizerBase:
@@ -145,11 +197,13 @@ def as_gemma(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars of its own while ltxforge shows one."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    """No progress bars while ltxforge shows one, and no report of what does not fit: an error says that."""
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if shown:
             transformers_logging.enable_progress_bar()

@@ -82,6 +82,8 @@ def _read(file: BinaryIO, size: int, where: str) -> Header:
     try:
         listing = json.loads(file.read(length))
         metadata = listing.pop("__metadata__", None) or {}
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise TypeError("the format's metadata are texts")
         start = 8 + length
         tensors = {name: _entry(listed, start) for name, listed in listing.items()}
         whole = max((entry.end for entry in tensors.values()), default=start)
