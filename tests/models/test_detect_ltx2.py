@@ -20,6 +20,7 @@ from ltxforge.models.sources import spec_of
 from ltxforge.models.trees import LocalTree
 from ltxforge.plan import ModelPlan, from_json, to_json
 from ltxforge.specs import SPECS, TINY
+from ltxforge.specs_ltx2 import GEMMA_3
 
 NAMES = ["tiny/ltx2", "tiny/ltx2.3", "tiny/ltx2.5"]
 
@@ -364,3 +365,37 @@ def test_a_published_size_is_read_from_shapes_alone(tmp_path, lightricks, gemma_
         WeightsError, match=f"the recipe says version {other}, but the transformer has audio modules, 48"
     ):
         plan_model(base=str(file), version=other, text_encoder=str(gemma_folder(f"{kind}_text")))
+
+
+@pytest.mark.parametrize("lacks", ["configuration", "tokenizer", "configuration tokenizer"])
+@pytest.mark.parametrize(("name", "folder"), [("tiny/ltx2", GEMMA_3), ("tiny/ltx2.5", "text_encoder")])
+def test_a_gemma_s_weights_alone_are_told_what_they_lack(tmp_path, tiny_folder, packed_gemma, name, folder, lacks):
+    """ComfyUI's single files of Gemma 3 are such; here the tiny ones, named or beside the transformer."""
+    file = tmp_path / "text_encoders" / "gemma_3_12B_it.safetensors"
+    file.parent.mkdir()
+    tensors = load_file(tiny_folder(name) / "text_encoder" / "model.safetensors")
+    kept = {key.replace("language_model.model.", "model."): value for key, value in tensors.items()}
+    kept["spiece_model"] = torch.zeros(8, dtype=torch.uint8)
+    if "tokenizer" not in lacks:
+        kept["tokenizer_json"] = torch.zeros(8, dtype=torch.uint8)
+    save_file(kept, file, metadata=None if "configuration" in lacks else {"gemma_config": '{"text_config": {}}'})
+    with pytest.raises(WeightsError, match="has a Gemma's weights, but lacks its") as raised:
+        plan_model(base=str(tiny_folder(name)), version=version(name), text_encoder=str(file))
+    for word in ("configuration", "tokenizer"):
+        assert (word in raised.value.what) is (word in lacks)
+    assert raised.value.where == str(file) and folder in raised.value.remedy and "the folder" in raised.value.remedy
+
+
+def test_a_bare_gemma_beside_the_transformer_is_told_too(tmp_path, tiny_folder, ltx2_file):
+    """And a file without any is not taken for one."""
+    base = tmp_path / "diffusion_models" / "ltx-2.safetensors"
+    base.parent.mkdir()
+    shutil.copy(ltx2_file(), base)
+    with pytest.raises(WeightsError, match="a single file has no text encoder in it"):
+        plan_model(base=str(base), version="2.0-dev")
+    beside = tmp_path / "text_encoders" / "gemma.safetensors"
+    beside.parent.mkdir()
+    shutil.copy(tiny_folder("tiny/ltx2") / "text_encoder" / "model.safetensors", beside)
+    with pytest.raises(WeightsError, match="lacks its configuration .* and its tokenizer") as raised:
+        plan_model(base=str(base), version="2.0-dev")
+    assert raised.value.where == str(beside)

@@ -1,5 +1,6 @@
 """Whether weights are whole: told for all parts at once, by names and shapes, before anything is encoded."""
 
+import io
 import json
 import random
 import shutil
@@ -16,11 +17,14 @@ from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ltxforge import run
 from ltxforge.errors import WeightsError
 from ltxforge.models.blueprints import require_whole
 from ltxforge.models.detect import plan_model
 from ltxforge.models.sources import spec_of
+from ltxforge.recipe.parse import load
 from ltxforge.specs import SPECS, TINY
+from ltxforge.ui.screen import screen_for
 
 LTX2 = ["tiny/ltx2", "tiny/ltx2.3"]
 EVERY = ["tiny/ltx-video-0.9.0", "tiny/ltx-video-0.9.1", "tiny/ltx-video", *LTX2]
@@ -110,6 +114,36 @@ def test_all_parts_mistakes_are_told_at_once(tmp_path, single_file, tiny_folder)
     assert "the audio vae: not part of the model: audio_vae.decoder.extra.weight" in told
     assert "text encoder's configuration: model.language_model.layers.1.mlp.up_proj.weight" in told
     assert told.count("download it again") == 5
+
+
+RECIPE = """
+[model]
+base = '{base}'
+version = "2.0-dev"
+text_encoder = "tiny/ltx2"
+[run]
+steps = 1
+[[dataset]]
+path = "builtin/shapes"
+resolution = "64x64"
+frames = 9
+[validation]
+every = 0
+"""
+
+
+@pytest.mark.parametrize("verb", [run.run, run.plan_only])
+def test_run_and_plan_tell_it_before_anything_is_encoded(tmp_path, monkeypatch, ltx2_file, verb):
+    shapes, metadata = header_of(ltx2_file())
+    rest = {key: shape for key, shape in shapes.items() if not key.endswith("blocks.2.audio_ff.net.2.weight")}
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "recipe.toml"
+    base = headed(tmp_path / "cut.safetensors", rest, metadata)
+    recipe.write_text(RECIPE.format(base=base), encoding="utf-8")
+    with pytest.raises(WeightsError, match=r"missing: transformer_blocks\.2\.audio_ff\.net\.2\.weight"):
+        verb(load(recipe, ()), None, screen_for(io.StringIO(), plain=True))
+    assert not (tmp_path / "runs" / "recipe" / "plan.json").exists()
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 ENCODERS = {
