@@ -18,18 +18,26 @@ from ltxforge.media.supervisor import BYTES_PER_SECOND, SECONDS, Refused, Worker
 MIXDOWN = "swresample, stereo, surround folded at full front level; 1"
 # Sound files that may stand beside a clip, the first that exists is taken.
 SOUND_EXTENSIONS = (".wav", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".oga", ".aac", ".mka", ".aif", ".aiff")
-_TRIED_SECONDS, _TRIED_RATE = 0.1, 16000
+
+
+def sounds_named(clip: Path) -> list[Path]:
+    """The sound files of a clip's name, with the extension in lower or upper case: the first is the one to use."""
+    names = (clip.with_suffix(written) for ending in SOUND_EXTENSIONS for written in (ending, ending.upper()))
+    found: list[Path] = []
+    for path in names:  # some file systems give one file under both spellings
+        if path.exists() and not any(path.samefile(other) for other in found):
+            found.append(path)
+    return found
 
 
 def sound_beside(clip: Path) -> Path | None:
-    """The sound file beside a clip: the same name with a sound file's extension, in lower or upper case.
+    """The sound file beside a clip, which replaces the clip's own track, since someone put it there on purpose.
 
-    It replaces the clip's own track, since someone put it there on purpose. None if there is none.
+    None if there is none, or the clip is a sound file itself.
     """
     if clip.suffix.lower() in SOUND_EXTENSIONS:
         return None
-    names = (clip.with_suffix(written) for ending in SOUND_EXTENSIONS for written in (ending, ending.upper()))
-    return next((path for path in names if path.exists()), None)
+    return next(iter(sounds_named(clip)), None)
 
 
 def read_audio(
@@ -52,7 +60,9 @@ def read_audio(
         none in this stretch.
 
     Raises:
-        DecodeError: the sound of this stretch does not decode, or is shorter than its header says.
+        DecodeError: the sound of this stretch does not decode, whole or in part, or ends earlier than its header says.
+            In formats that only count their samples (MP3, AAC, Ogg) also damage before it, which moves it. Where plain
+            samples are overwritten by others nothing tells.
     """
     if not (0 <= start_seconds < math.inf and 1 <= seconds * sample_rate < math.inf and channels in (1, 2)):
         raise ValueError("wanted: a start that is not negative, at least one sample, one or two channels")
@@ -69,9 +79,3 @@ def read_audio(
     if samples is None and beside is not None and start_seconds == 0:
         raise DecodeError(f"{beside.name} beside it: no sound in it")
     return samples
-
-
-def require_sound(path: Path) -> None:
-    """Raise DecodeError unless a sound file has sound that decodes; its beginning alone is tried."""
-    if read_audio(path, 0.0, _TRIED_SECONDS, _TRIED_RATE) is None:
-        raise DecodeError("no sound in it")

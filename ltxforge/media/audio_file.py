@@ -15,6 +15,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 
+from ltxforge.media.audio_header import stated_end, torn_page
 from ltxforge.media.video_file import FORMATS, SEEKABLE, MediaFault, VideoFile, open_container, pictures
 
 # Demuxers that may look at a clip, or at the sound beside it.
@@ -32,8 +33,14 @@ _FRAMES_FOR_ANCHOR = 9
 # A seek is worth it beyond this; it lands this much early, because decoders need a run-up (Opus: 80 ms).
 _SEEK_BEYOND_SECONDS = 10.0
 _RUN_UP_SECONDS = 1.0
-# A header that promises this much more than there is tells of a file that was cut.
-_MISSING_SECONDS = 0.5
+# A header that promises this much more than there is tells of a file that was cut; coders' own padding is shorter.
+_MISSING_SECONDS = 0.2
+# Formats that store samples one after the other and cannot leave any out: a gap in their times is what ffmpeg stepped
+# over because it made no sense. Those of the second row count their times, so behind such a place all are too early.
+_GAPLESS = ("flac", "ogg", "mp3", "aac")
+_COUNTED = ("ogg", "mp3", "aac")
+# In Matroska a gap is legal, but bytes that belong to no packet are not: more of them than headers are damage.
+_HEADER_BYTES = 1024
 
 
 def read_samples(
@@ -54,7 +61,7 @@ def read_samples(
     stretch = _Stretch(start, seconds, rate, origin)
     if not _seek_and_fill(path, stretch):
         stretch = _Stretch(start, seconds, rate, origin)
-        _fill(path, stretch)
+        fill(path, stretch)
     if not stretch.has_sound:
         return None
     samples = stretch.samples()
@@ -85,59 +92,66 @@ def sound_stream(container: av.container.InputContainer) -> av.AudioStream:
     return next((stream for stream in streams if stream.disposition & Disposition.default), streams[0])
 
 
-class _Stretch:
-    """The wanted stretch of sound, in stereo at the file's own rate, filled frame by frame.
+class TimeLine:
+    """Where the frames of a file's sound lie, counted in samples of its own rate from `begin` (seconds).
 
-    `origin` is the container time of time 0; None takes the first frame's. The array begins `lead` samples of the
-    wanted rate before the stretch; where nothing is put it is silent.
+    `origin` is the container time of time 0; None takes the first frame's. What is done with the frames is for those
+    who inherit: here they are only counted.
     """
 
-    def __init__(self, start: float, seconds: float, rate: int, origin: float | None) -> None:
-        self.rate, self.origin, self.has_sound = rate, origin, False
-        self.count, self.lead = round(seconds * rate), math.ceil(_MARGIN_SECONDS * rate)
-        self.begin = start - self.lead / rate
-        self.source_rate = 0
-        self._held = np.zeros((2, 0), np.float32)
+    is_full = False
+
+    def __init__(self, origin: float | None = None, begin: float = 0.0) -> None:
+        self.origin, self.begin, self.source_rate, self.has_sound = origin, begin, 0, False
         self._next: int | None = None
-        self._mixer = _Mixer()
-
-    @property
-    def is_full(self) -> bool:
-        """Whether everything up to the end has been put."""
-        return self._next is not None and self._next >= self._held.shape[1]
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether what was put last reaches into the stretch or its margin."""
-        return self._next is not None and self._next > 0
 
     @property
     def reached(self) -> float:
         """Where, in seconds on the clip's time line, the last put sample ends."""
         return self.begin + (self._next or 0) / max(1, self.source_rate)
 
-    def put(self, frame: av.AudioFrame, seconds: float | None) -> None:
-        """Place a frame that belongs at `seconds` of container time, None where it just follows."""
-        if self._next is None:
+    @property
+    def is_begun(self) -> bool:
+        """Whether what was put last reaches into what is wanted."""
+        return self._next is not None and self._next > 0
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nothing was put yet."""
+        return self._next is None
+
+    def is_wanted(self, first: int, last: int) -> bool:
+        """Whether something is wanted of the samples from `first` on, up to but without `last`."""
+        return first < last
+
+    def put(self, frame: av.AudioFrame, seconds: float | None, *, is_torn: bool = False) -> int:
+        """Place a frame that belongs at `seconds` of container time, None where it just follows.
+
+        `is_torn`: something before it was lost, so that its own time is better than the count. Returns how many samples
+        are left open before it that are not known to be empty; negative where it overlaps.
+        """
+        if self.is_fresh:
             self._open(frame.sample_rate, seconds)
         elif frame.sample_rate != self.source_rate:
             raise MediaFault("the sampling rate of its sound changes on the way")
-        at = self._next or 0
+        expected = at = self._next or 0
         if seconds is not None:
             wanted = round((seconds - self.origin - self.begin) * self.source_rate)
-            if self._next is None or abs(wanted - at) > SEAM_SECONDS * self.source_rate:
+            if self.is_fresh or is_torn or abs(wanted - at) > SEAM_SECONDS * self.source_rate:
                 at = wanted
+        opened = 0 if self.is_fresh else at - expected
         self._next = at + frame.samples
-        first, last = max(at, 0), min(self._next, self._held.shape[1])
-        if first < last:
-            self._held[:, first:last] = self._mixer.stereo(frame)[:, first - at : last - at]
-            inner = self.lead * self.source_rate / self.rate
-            self.has_sound |= last > inner and first < inner + self.count * self.source_rate / self.rate
+        self.take(frame, at)
+        return opened
 
-    def samples(self) -> np.ndarray:
-        """The stretch at the wanted rate: float32 [2, count]."""
-        samples = _resampled(self._held, self.source_rate, self.rate)[:, self.lead :][:, : self.count]
-        return np.pad(samples, ((0, 0), (0, self.count - samples.shape[1])))
+    def take(self, frame: av.AudioFrame, at: int) -> None:
+        """Use a frame whose first sample is number `at`."""
+        self.has_sound |= self.is_wanted(at, at + frame.samples)
+
+    def skip_to(self, seconds: float, rate: int) -> None:
+        """The sound begins at this container time, but its first frames are lost."""
+        self._open(rate, seconds)
+        self._next = round((seconds - self.origin - self.begin) * rate)
 
     def _open(self, source_rate: int, seconds: float | None) -> None:
         if not LOWEST_RATE <= source_rate <= HIGHEST_RATE:
@@ -147,6 +161,44 @@ class _Stretch:
         if seconds is None:  # a file without times begins at 0
             self._next = round((-self.origin - self.begin) * source_rate)
         self.source_rate = source_rate
+
+
+class _Stretch(TimeLine):
+    """The wanted stretch of sound, in stereo at the file's own rate, filled frame by frame.
+
+    The array begins `lead` samples of the wanted rate before the stretch; where nothing is put it is silent.
+    """
+
+    def __init__(self, start: float, seconds: float, rate: int, origin: float | None) -> None:
+        self.rate, self.count, self.lead = rate, round(seconds * rate), math.ceil(_MARGIN_SECONDS * rate)
+        super().__init__(origin, start - self.lead / rate)
+        self._held = np.zeros((2, 0), np.float32)
+        self._mixer = _Mixer()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether everything up to the end has been put."""
+        return self._next is not None and self._next >= self._held.shape[1]
+
+    def is_wanted(self, first: int, last: int) -> bool:
+        """Whether these samples reach into the stretch; its margins do not count."""
+        inner = self.lead * self.source_rate / self.rate
+        return first < last and last > inner and first < inner + self.count * self.source_rate / self.rate
+
+    def take(self, frame: av.AudioFrame, at: int) -> None:
+        """Keep what lies in the stretch."""
+        first, last = max(at, 0), min(at + frame.samples, self._held.shape[1])
+        if first < last:
+            self._held[:, first:last] = self._mixer.stereo(frame)[:, first - at : last - at]
+            self.has_sound |= self.is_wanted(first, last)
+
+    def samples(self) -> np.ndarray:
+        """The stretch at the wanted rate: float32 [2, count]."""
+        samples = _resampled(self._held, self.source_rate, self.rate)[:, self.lead :][:, : self.count]
+        return np.pad(samples, ((0, 0), (0, self.count - samples.shape[1])))
+
+    def _open(self, source_rate: int, seconds: float | None) -> None:
+        super()._open(source_rate, seconds)
         self._held = np.zeros((2, math.ceil((self.count + 2 * self.lead) * source_rate / self.rate)), np.float32)
 
 
@@ -195,39 +247,64 @@ def _seek_and_fill(path: str, stretch: _Stretch) -> bool:
             return False
         try:
             container.seek(int((stretch.origin + stretch.begin - _RUN_UP_SECONDS) * av.time_base))
-            return _fill_from(container, stretch, must_begin_before=True)
+            return _fill_from(path, container, stretch, must_begin_before=True)
         except av.error.FFmpegError:
             return False
 
 
-def _fill(path: str, stretch: _Stretch) -> None:
+def fill(path: str, line: TimeLine) -> None:
+    """Put all frames of a file's sound on `line` until it is full. Raises MediaFault if what it wants is damaged, or
+    missing though a header promises it. Damage before it matters only where times behind the damage are wrong.
+    """
     with closing(open_container(path, AUDIO_FORMATS)) as container:
-        _fill_from(container, stretch)
+        _fill_from(path, container, line)
 
 
-def _fill_from(container: av.container.InputContainer, stretch: _Stretch, must_begin_before: bool = False) -> bool:
-    """Decode from here until the stretch is full. Damage before its beginning is none of its business."""
-    stream, fresh, damaged = sound_stream(container), True, False
-    for frame, seconds in _anchored(_decoded(container, stream)):
+def _fill_from(
+    path: str, container: av.container.InputContainer, line: TimeLine, must_begin_before: bool = False
+) -> bool:
+    """Decode from here on. False if `must_begin_before` and it began behind the beginning of what is wanted."""
+    stream, kind, is_torn = sound_stream(container), container.format.name, False
+    for frame, seconds in _anchored(_decoded(path, container, stream)):
         if frame is None:
-            damaged = True
-            if stretch.is_begun:
-                raise MediaFault(f"its sound is damaged at {stretch.reached:.2f} s")
+            is_torn = True
+            _refuse_damage(line, line.is_begun or (kind in _COUNTED and not line.is_fresh))
             continue
-        if must_begin_before and fresh and (seconds is None or seconds - stretch.origin > stretch.begin):
+        if must_begin_before and line.is_fresh and (seconds is None or seconds - line.origin > line.begin):
             return False
-        fresh = False
-        stretch.put(frame, seconds)
-        if stretch.is_full:
+        if is_torn and line.is_fresh and not must_begin_before:
+            _count_what_is_lost(line, stream, frame, seconds)
+        before = line.reached
+        opened = line.put(frame, seconds, is_torn=is_torn)
+        if is_torn or (kind in _GAPLESS and opened):
+            at = round((before - line.begin) * line.source_rate)
+            _refuse_damage(line, line.is_wanted(at, at + opened) or kind in _COUNTED, before)
+        is_torn = False
+        if line.is_full:
             return True
-    if fresh:
-        if damaged:
+    if line.is_fresh:
+        if is_torn:
             raise MediaFault("no sound of it can be decoded")
         return not must_begin_before  # a track without packets is as good as none
-    promised = ((stream.start_time or 0) + (stream.duration or 0)) * stream.time_base - stretch.origin
-    if promised > stretch.reached + _MISSING_SECONDS:
-        raise MediaFault(f"its sound ends at {stretch.reached:.2f} s, and its header promises {float(promised):.2f} s")
+    end = stated_end(path, container, stream)
+    if end is not None and end - line.origin > line.reached + _MISSING_SECONDS:
+        stated = f"its header promises {end - line.origin:.2f} s"
+        raise MediaFault(f"its sound is cut short: it ends at {line.reached:.2f} s, and {stated}")
     return True
+
+
+def _refuse_damage(line: TimeLine, is_refused: bool, at: float | None = None) -> None:
+    if is_refused:
+        raise MediaFault(f"its sound is damaged at {line.reached if at is None else at:.2f} s")
+
+
+def _count_what_is_lost(line: TimeLine, stream: av.AudioStream, frame: av.AudioFrame, seconds: float | None) -> None:
+    """Where frames before the first that decodes were lost, time 0 is theirs. One packet may be: decoders warm up."""
+    if seconds is None or stream.start_time is None:
+        return
+    begins = float(stream.start_time * stream.time_base)
+    if seconds - begins > SEAM_SECONDS:
+        line.skip_to(begins, frame.sample_rate)
 
 
 def _anchored(frames: Iterator[av.AudioFrame | None]) -> Iterator[tuple[av.AudioFrame | None, float | None]]:
@@ -257,9 +334,32 @@ def _seconds(frame: av.AudioFrame | None) -> float | None:
     return None if frame is None or frame.pts is None else float(frame.pts * frame.time_base)
 
 
-def _decoded(container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame | None]:
-    """All frames of the sound in order; None in the place of what does not decode."""
-    packets = container.demux(stream)
+def _decoded(
+    path: str, container: av.container.InputContainer, stream: av.AudioStream
+) -> Iterator[av.AudioFrame | None]:
+    """All frames of the sound in order; None in the place of what does not decode or is not there."""
+    torn = torn_page(path) if container.format.name == "ogg" else None
+    if stream.codec_context.name == "flac":  # a frame's checksum is all that tells of a flipped bit
+        stream.codec_context.options = {"err_detect": "crccheck+explode"}
+    for packet in _packets(container, stream):
+        if packet is None:
+            yield None
+            continue
+        if torn is not None and (packet.pos or 0) > torn:
+            yield None
+            torn = None
+        try:
+            yield from packet.decode()
+        except av.error.FFmpegError:
+            yield None
+    if torn is not None:
+        yield None
+
+
+def _packets(container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.Packet | None]:
+    """The sound's packets; None where bytes between two of them belong to no packet, or the file cannot be read on."""
+    is_matroska = container.format.name.startswith("matroska")
+    packets, end = container.demux() if is_matroska else container.demux(stream), 0
     while True:
         try:
             packet = next(packets, None)
@@ -268,7 +368,9 @@ def _decoded(container: av.container.InputContainer, stream: av.AudioStream) -> 
             return
         if packet is None:
             return
-        try:
-            yield from packet.decode()
-        except av.error.FFmpegError:
-            yield None
+        if is_matroska and packet.size and packet.pos:
+            if end and packet.pos > end + _HEADER_BYTES:
+                yield None
+            end = max(end, packet.pos + packet.size)
+        if packet.stream_index == stream.index:
+            yield packet

@@ -1,4 +1,4 @@
-"""What a video file is: sizes, colours and the times of its frames, asked of the worker process. Torch-free.
+"""What a media file is: sizes, colours, the times of its frames, its sound, asked of the worker process. Torch-free.
 
 Decides nothing about a recipe: HDR, length and size are judged by `dataset.scan`.
 """
@@ -6,13 +6,15 @@ Decides nothing about a recipe: HDR, length and size are judged by `dataset.scan
 from __future__ import annotations
 
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ltxforge.media.supervisor import BYTES_PER_SECOND, SECONDS, Refused, WorkerFault, once_more, worker
 
 # Raise by hand when a file could get other facts than before; remembered probes of another version are not used.
-PROBE_VERSION = 2
+PROBE_VERSION = 3
 MAX_BYTES = 64 * 2**30
 
 
@@ -31,7 +33,9 @@ class Probe:
     `width` and `height` are the picture as shown: after rotation and pixel aspect, in square pixels. `timestamps` are
     the times in seconds of all frames that decode, counted from the first; `frame_seconds` is how long a typical one
     is shown. `rotation` is in degrees clockwise. `has_audio` tells of a track of its own; its codec, rate in Hz,
-    channels and layout are empty or 0 where there is none that can be decoded.
+    channels and layout are empty or 0 where there is none that can be decoded, and so is `audio_seconds`, where it ends
+    by the header, from the first frame on, if no header says. `warnings` are about the clip's length,
+    `picture_warnings` about what is seen.
     """
 
     path: str
@@ -58,6 +62,8 @@ class Probe:
     audio_rate: int = 0
     audio_channels: int = 0
     audio_layout: str = ""
+    audio_seconds: float = 0.0
+    picture_warnings: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -75,18 +81,45 @@ class Probe:
         return self.colour_transfer in ("pq", "hlg")
 
 
+@dataclass(frozen=True)
+class Sound:
+    """The facts of one file's sound, all of which was decoded.
+
+    `seconds` is its length from its first sample, `fault` where it is damaged or cut short ("" if it is not; else the
+    length is what its header says, if it does). Codec, rate, channels and layout are as in `Probe`.
+    """
+
+    path: str
+    seconds: float
+    fault: str
+    has_picture: bool
+    audio_codec: str
+    audio_rate: int
+    audio_channels: int
+    audio_layout: str
+
+
 def probe(path: Path) -> Probe:
     """The facts of a video file. Raises ProbeError with the reason if it has no usable picture."""
-    size = require_regular_file(path)
+    facts = _asked(path, worker().inspect)
+    return Probe(
+        path=str(path), **{key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
+    )
+
+
+def probe_sound(path: Path) -> Sound:
+    """The facts of a file's sound. Raises ProbeError with the reason if there is none that decodes."""
+    return Sound(path=str(path), **_asked(path, worker().inspect_sound))
+
+
+def _asked(path: Path, inspect: Callable[[Path, float], dict[str, Any]]) -> dict[str, Any]:
+    limit = SECONDS + require_regular_file(path) / BYTES_PER_SECOND
     try:
-        facts = once_more(lambda: worker().inspect(path, SECONDS + size / BYTES_PER_SECOND))
+        return once_more(lambda: inspect(path, limit))
     except Refused as refusal:
         raise ProbeError(refusal.reason) from refusal
     except WorkerFault as fault:
         raise ProbeError(fault.reason, is_certain=False) from fault
-    return Probe(
-        path=str(path), **{key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
-    )
 
 
 def require_regular_file(path: Path) -> int:

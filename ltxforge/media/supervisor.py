@@ -65,6 +65,11 @@ class Supervisor:
         with self._turn:
             return self._ask({"do": "inspect", "path": _name(path)}, seconds)
 
+    def inspect_sound(self, path: Path, seconds: float = SECONDS) -> dict[str, Any]:
+        """The facts of a file's sound. Raises Refused or WorkerFault."""
+        with self._turn:
+            return self._ask({"do": "inspect_sound", "path": _name(path)}, seconds)
+
     def frames(
         self, path: Path, timestamps: list[float], size: tuple[int, int], seconds: float = SECONDS
     ) -> np.ndarray:

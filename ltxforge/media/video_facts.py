@@ -15,7 +15,8 @@ import av
 from av.video.reformatter import ColorRange
 
 from ltxforge.media import geometry
-from ltxforge.media.audio_file import facts_of
+from ltxforge.media.audio_file import facts_of, sound_stream
+from ltxforge.media.audio_header import stated_end
 from ltxforge.media.video_file import MATRIX_NAMES, TICK_SECONDS, MediaFault, VideoFile, colour_of, display_matrix
 
 MAX_GAP_SECONDS = 60.0
@@ -50,10 +51,21 @@ def inspect(path: str) -> dict[str, Any]:
             "timestamps": times,
             "codec": video.stream.codec_context.codec.canonical_name,
             "has_audio": bool(video.container.streams.audio),
-            "warnings": warnings + _time_warnings(times, interval) + _picture_warnings(video),
+            "audio_seconds": _sound_end(video),
+            "warnings": warnings,
+            "picture_warnings": _time_warnings(times, interval) + _picture_warnings(video),
             **facts_of(video.container),
             **colours,
         }
+
+
+def _sound_end(video: VideoFile) -> float:
+    """Where the file's own sound ends by its header, in seconds from the first frame; 0 where it does not say."""
+    try:
+        end = stated_end(video.path, video.container, sound_stream(video.container))
+    except MediaFault:
+        return 0.0
+    return 0.0 if end is None else max(0.0, end - video.origin)
 
 
 def _colours(video: VideoFile) -> dict[str, Any]:

@@ -270,15 +270,15 @@ def open_container(path: str, formats: str = FORMATS) -> av.container.InputConta
     except MemoryError as error:
         raise MediaFault("reading it needs more memory than the worker may use") from error
     except av.error.FFmpegError as error:
-        raise MediaFault(_why_not_opened(path, error)) from error
+        raise MediaFault(_why_not_opened(path, error, "video" if formats == FORMATS else "sound")) from error
 
 
-def _why_not_opened(path: str, error: av.error.FFmpegError) -> str:
+def _why_not_opened(path: str, error: av.error.FFmpegError, wanted: str) -> str:
     boxes = _top_boxes(path)
     if boxes and "moov" not in boxes:
         return "its index is missing (no moov box): the file was cut off or never finished"
     if isinstance(error, (av.error.InvalidDataError, av.error.ArgumentError)):  # the latter: a format not in FORMATS
-        return "not a video file"
+        return f"not a {wanted} file"
     return f"cannot be opened ({_plain(error)})"
 
 

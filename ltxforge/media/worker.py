@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import av
 
+from ltxforge.media.audio_facts import inspect_sound
 from ltxforge.media.audio_file import read_samples
 from ltxforge.media.video_facts import inspect
 from ltxforge.media.video_file import MediaFault, read_frames
@@ -54,6 +55,8 @@ def answer(request: dict[str, Any], out: BinaryIO) -> None:
 def _answers(request: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bytes]]:
     if request["do"] == "inspect":
         yield {"done": inspect(request["path"])}, b""
+    elif request["do"] == "inspect_sound":
+        yield {"done": inspect_sound(request["path"])}, b""
     elif request["do"] == "frames":
         width, height = request["size"]
         for frame in read_frames(request["path"], request["timestamps"], (width, height)):

@@ -13,9 +13,9 @@ import av
 import numpy as np
 import pytest
 
-from ltxforge.media.audio import read_audio, require_sound, sound_beside
+from ltxforge.media.audio import read_audio, sound_beside, sounds_named
 from ltxforge.media.decode import DecodeError
-from ltxforge.media.probe import probe
+from ltxforge.media.probe import ProbeError, probe, probe_sound
 
 FREQUENCIES = (440.0, 550.0, 660.0, 180.0, 770.0, 880.0, 990.0, 1100.0)
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is the oracle")
@@ -402,15 +402,122 @@ def test_nasty_files(test_data: Path) -> None:
     assert read_audio(nasty / "audio_only.mp4", 5.0, 1.0, 16000).any()
 
 
-def test_a_sound_file_is_tried_at_its_beginning(make_clip: Callable[..., Path], tmp_path: Path) -> None:
-    require_sound(make_clip("good.wav", tones(2, 16000, 0.05), 16000, picture_seconds=0))  # shorter than what is tried
-    require_sound(make_clip("good.mka", tones(1, 44100, 1.0), 44100, layout="mono", picture_seconds=0))
+def test_a_sound_file_has_facts_or_is_refused(make_clip: Callable[..., Path], tmp_path: Path) -> None:
+    found = probe_sound(make_clip("good.wav", tones(2, 16000, 0.05), 16000, picture_seconds=0))
+    assert (found.seconds, found.fault, found.has_picture, found.audio_rate) == (0.05, "", False, 16000)
+    found = probe_sound(make_clip("good.mka", tones(1, 44100, 1.0), 44100, layout="mono", picture_seconds=0))
+    assert (found.seconds, found.fault, found.audio_channels) == (pytest.approx(1.0, abs=1e-3), "", 1)
+    assert probe_sound(make_clip("film.mp4", tones(2, 48000, 1.0), codec="aac")).has_picture
     (tmp_path / "text.wav").write_text("no sound", encoding="utf-8")
+    (tmp_path / "picture.wav").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(200))
+    (tmp_path / "noise.wav").write_bytes(np.random.default_rng(5).bytes(5000))
+    (tmp_path / "header.wav").write_bytes(plain_wav(np.zeros((2, 0), np.int16)))
     (tmp_path / "empty.flac").touch()
     (tmp_path / "folder.mp3").mkdir()
-    picture = make_clip("picture.mkv", None).rename(tmp_path / "picture.mka")
-    for name, words in (("text.wav", "not a"), ("empty.flac", "empty"), ("folder.mp3", "folder")):
-        with pytest.raises(DecodeError, match=words):
-            require_sound(tmp_path / name)
-    with pytest.raises(DecodeError, match="no sound in it"):
-        require_sound(picture)
+    make_clip("film.mkv", None).rename(tmp_path / "film.mka")
+    for name, words in (
+        ("text.wav", "not a sound file"), ("picture.wav", "not a sound file"), ("noise.wav", "sound"),
+        ("header.wav", "no sound in it"), ("empty.flac", "empty"), ("folder.mp3", "folder"), ("film.mka", "no sound"),
+    ):  # fmt: skip
+        with pytest.raises(ProbeError, match=words) as caught:
+            probe_sound(tmp_path / name)
+        assert "video" not in caught.value.reason, name
+
+
+# Container, codec, and whether sound behind a damaged place can be used: only where each frame carries its own time.
+STORED = [
+    ("wav", "pcm_s16le", True), ("flac", "flac", True), ("m4a", "aac", True), ("mka", "libopus", True),
+    ("mp3", "mp3", False), ("aac", "aac", False), ("ogg", "flac", False), ("opus", "libopus", False),
+]  # fmt: skip
+
+
+@pytest.fixture
+def noise_file(make_clip) -> Callable[[str, str], Path]:
+    """Five seconds of stereo noise, so that every codec has as many bytes in each of them."""
+
+    def make(suffix: str, codec: str) -> Path:
+        noise = 0.2 * np.random.default_rng(0).standard_normal((2, 5 * 48000)).clip(-4, 4)
+        return make_clip(f"noise.{suffix}", noise, codec=codec, picture_seconds=0)
+
+    return make
+
+
+@pytest.mark.parametrize("filler", ["noise", "zeros"])
+@pytest.mark.parametrize(("suffix", "codec", "goes_on"), [stored for stored in STORED if stored[0] != "wav"])
+def test_a_damaged_stretch_is_an_error_and_never_silence(
+    suffix: str, codec: str, goes_on: bool, filler: str, noise_file
+) -> None:
+    """The middle third is overwritten: nothing that touches it may come out as silence, or as sound from elsewhere."""
+    path = noise_file(suffix, codec)
+    whole = {start: read_audio(path, start, 0.35, 16000) for start in (0.0, 0.5, 3.9, 4.4)}
+    assert probe_sound(path).fault == "" and probe_sound(path).seconds == pytest.approx(5.0, abs=0.07)
+    data = path.read_bytes()
+    third = len(data) // 3
+    junk = np.random.default_rng(1).bytes(third) if filler == "noise" else bytes(third)
+    path.write_bytes(data[:third] + junk + data[2 * third :])
+    for start in (0.0, 0.5):
+        assert np.array_equal(read_audio(path, start, 0.35, 16000), whole[start])
+    for start in (1.45, 1.6, 2.3, 3.0):
+        with pytest.raises(DecodeError, match=r"its sound is damaged at [01]\.\d\d s"):
+            read_audio(path, start, 0.35, 16000)
+    for start in (3.9, 4.4):
+        if goes_on and suffix != "mka":  # Matroska is found again at its next cluster, which may be its last
+            assert np.array_equal(read_audio(path, start, 0.35, 16000)[:, 500:], whole[start][:, 500:])
+        else:
+            with pytest.raises(DecodeError, match="damaged"):
+                read_audio(path, start, 0.35, 16000)
+    assert "its sound is damaged at" in probe_sound(path).fault
+
+
+@pytest.mark.parametrize("suffix_and_codec", [(suffix, codec) for suffix, codec, _ in STORED if suffix != "m4a"])
+def test_a_file_that_was_cut_is_an_error_from_there_on(suffix_and_codec: tuple[str, str], noise_file) -> None:
+    path = noise_file(*suffix_and_codec)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * 0.416)])
+    assert np.abs(read_audio(path, 0.0, 0.35, 16000)).max() > 0.3
+    for start in (1.9, 2.3, 4.4):
+        with pytest.raises(DecodeError, match=r"(cut short: it ends|damaged) at [12]\.\d\d s"):
+            read_audio(path, start, 0.35, 16000)
+    assert probe_sound(path).fault
+
+
+def test_a_wav_written_to_a_pipe_states_no_length(noise_file) -> None:
+    path = noise_file("wav", "pcm_s16le")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"data") + 4
+    data[at : at + 4] = b"\xff" * 4
+    path.write_bytes(data[:-5001])
+    assert (probe_sound(path).fault, read_audio(path, 4.9, 0.5, 16000) is not None) == ("", True)
+
+
+def test_one_flipped_bit_of_flac_is_found(noise_file) -> None:
+    path = noise_file("flac", "flac")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(bytes(data))
+    with pytest.raises(DecodeError, match="damaged"):
+        read_audio(path, 2.2, 0.6, 16000)
+    assert read_audio(path, 0.0, 1.0, 16000) is not None and read_audio(path, 4.0, 1.0, 16000) is not None
+
+
+def test_tags_behind_the_end_are_no_damage(noise_file) -> None:
+    for suffix, codec in (("mp3", "mp3"), ("flac", "flac"), ("ogg", "flac")):
+        path = noise_file(suffix, codec)
+        path.write_bytes(path.read_bytes() + b"TAG" + bytes(125))
+        assert probe_sound(path).fault == "" and read_audio(path, 4.9, 1.0, 16000) is not None
+
+
+def test_the_first_of_several_files_of_a_name_is_used(make_clip) -> None:
+    clip = make_clip("a.mp4", None)
+    assert sounds_named(clip) == []
+    named = [make_clip(name, tones(2, 16000, 0.1), 16000, codec=codec, picture_seconds=0)
+             for name, codec in (("a.flac", "flac"), ("a.wav", "pcm_s16le"))]  # fmt: skip
+    assert sounds_named(clip) == named[::-1] and sound_beside(clip) == named[1]
+
+
+def test_where_a_track_of_its_own_ends(make_clip) -> None:
+    """By the header, on the picture's time line: this one begins half a second before the picture."""
+    for suffix, codec in (("mp4", "aac"), ("mkv", "pcm_s16le"), ("mov", "pcm_s16le")):
+        clip = make_clip(f"a.{suffix}", tones(2, 48000, 1.2), codec=codec, picture_at=0.48)
+        assert probe(clip).audio_seconds == pytest.approx(0.72, abs=0.03), suffix
+    assert probe(make_clip("mute.mp4", None)).audio_seconds == 0

@@ -32,7 +32,7 @@ def test_facts_of_a_plain_file(make_video, counter_frames) -> None:
     assert found.timestamps == pytest.approx([n / 30 for n in range(30)], abs=1e-4)
     assert found.duration_seconds == pytest.approx(1.0, abs=1e-3)
     assert found.nominal_fps == pytest.approx(30)
-    assert not found.is_hdr and found.warnings == ()
+    assert not found.is_hdr and found.warnings == found.picture_warnings == ()
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi"])
@@ -70,7 +70,7 @@ def test_hdr_is_told(transfer: int, name: str, make_video, counter_frames) -> No
 
 def test_a_gap_is_a_warning_and_an_abyss_a_refusal(make_video, counter_frames) -> None:
     found = probe(make_video("gap.mkv", counter_frames(4), milliseconds=[0, 40, 80, 2580]))
-    assert "stands still for 2.5 s at 0.08 s" in found.warnings[0]
+    assert "stands still for 2.5 s at 0.08 s" in found.picture_warnings[0]
     assert "unusable times" in refusal(make_video("abyss.mkv", counter_frames(4), milliseconds=[0, 40, 80, 400_080]))
 
 
