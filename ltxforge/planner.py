@@ -158,7 +158,7 @@ def _data(recipe: Recipe, facts: Facts, modalities: str) -> DataPlan:
         SamplePlan(
             dataset=dataset_id(dataset), clip=clip.digest, path=str(clip.path), caption=clip.caption,
             shape=clip.shape, fps=dataset.fps or facts.spec.default_fps, start_seconds=start, repeats=dataset.repeats,
-            sound=clip.sound if hears else "",
+            sound=clip.sound_at(start) if hears else "",
         )
         for dataset, clips in facts.clips
         for clip in clips

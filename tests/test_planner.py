@@ -259,6 +259,15 @@ def test_what_the_recipe_says_of_sound_is_planned():
     assert (plan.training.modalities, plan.lora.modalities, plan.cache.text) == ("both", "audio", "features")
 
 
+def test_a_window_behind_the_sound_s_end_counts_as_one_without():
+    ended = [dataclasses.replace(clip, sound="own", sound_seconds=1.5) for clip in clips(2, windows=3)]
+    plan = ltx2_plan(found=ended)
+    assert [(sample.start_seconds, sample.sound) for sample in plan.data.samples[:3]] == [
+        (0.0, "own"), (1.0, "own"), (2.0, ""),
+    ]  # fmt: skip
+    assert plan.data.buckets[0].with_sound == 4
+
+
 @pytest.mark.parametrize(
     ("modalities", "tokens", "audio_tokens", "with_sound"), [("both", 8, 9, 3), ("video", 8, 0, 0), ("audio", 0, 9, 3)]
 )

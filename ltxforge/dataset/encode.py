@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ltxforge.dataset.batches import Batches
 from ltxforge.dataset.cache import Cache, Entry
 from ltxforge.dataset.cached import (
     CachedData,
@@ -92,7 +93,17 @@ def fill(plan: Plan, model: Encoders, cache: Cache, emit: Emit, stop: StopReques
     if not samples:
         raise DataError("no clip could be decoded, so there is nothing to train on")
     empty = training_prompt(plan, "")
-    return CachedData(samples, prompt_key(plan, empty, model.text_dtype), prompts[empty])
+    data = CachedData(samples, prompt_key(plan, empty, model.text_dtype), prompts[empty])
+    if modalities == "audio" and len(samples) < len(plan.data.samples):
+        _tell_how_far(plan, data, cache, emit)
+    return data
+
+
+def _tell_how_far(plan: Plan, data: CachedData, cache: Cache, emit: Emit) -> None:
+    """The plan counted epochs before anyone had listened."""
+    epochs = Batches(plan, data, cache).epoch_at(plan.steps)
+    counts = f"{len(data.samples)} of {len(plan.data.samples)} planned samples have sound"
+    emit(Note(f"{counts}: {plan.steps} steps are now {epochs:.3g} epochs"))
 
 
 def _cached(

@@ -1,6 +1,6 @@
 """What was once found out about a clip and need not be found out again: its digest, and the probe of that content.
 
-Likewise of the sound file beside it: its digest, and that it has sound. What was found is remembered by digest and
+Likewise of a sound file: its digest, and the facts of its sound. What was found is remembered by digest and
 PROBE_VERSION. Anything unreadable in the memo counts as absent; deleting the folder costs time and nothing else.
 Torch-free.
 """
@@ -11,14 +11,15 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ltxforge import durable, plan
 from ltxforge.digests import FileDigests
 from ltxforge.errors import RunError
-from ltxforge.media.probe import PROBE_VERSION, Probe, ProbeError
+from ltxforge.media.probe import PROBE_VERSION, Probe, ProbeError, Sound
 
 CLIP_DIGESTS = "clips.json"
+Facts = TypeVar("Facts", Probe, Sound)
 
 
 class Memo:
@@ -39,8 +40,17 @@ class Memo:
 
     def probe(self, digest: str, path: Path, compute: Callable[[Path], Probe]) -> Probe:
         """The probe of this content, computed unless known. Raises ProbeError, remembered ones included."""
-        memo = None if self._directory is None else self._directory / "probes" / f"{digest}-{PROBE_VERSION}.json"
-        if memo is not None and (known := _recall(_read_json(memo), path)):
+        return self._facts(Probe, "probes", digest, path, compute)
+
+    def sound(self, digest: str, path: Path, compute: Callable[[Path], Sound]) -> Sound:
+        """The facts of this content's sound, computed unless known. Raises ProbeError, remembered ones included."""
+        return self._facts(Sound, "sounds", digest, path, compute)
+
+    def _facts(
+        self, kind: type[Facts], folder: str, digest: str, path: Path, compute: Callable[[Path], Facts]
+    ) -> Facts:  # fmt: skip
+        memo = None if self._directory is None else self._directory / folder / f"{digest}-{PROBE_VERSION}.json"
+        if memo is not None and (known := _recall(kind, _read_json(memo), path)):
             return known
         try:
             found = compute(path)
@@ -54,21 +64,12 @@ class Memo:
             _write(memo, {"probe": facts})
         return found
 
-    def sound(self, digest: str, path: Path, check: Callable[[Path], None]) -> None:
-        """Have a sound file judged by `check`, which raises for a bad one, unless this content passed before."""
-        memo = None if self._directory is None else self._directory / "sounds" / f"{digest}-{PROBE_VERSION}.json"
-        if memo is not None and _read_json(memo).get("passed"):
-            return
-        check(path)
-        if memo is not None:
-            _write(memo, {"passed": True})
 
-
-def _recall(remembered: dict[str, Any], path: Path) -> Probe | None:
+def _recall(kind: type[Facts], remembered: dict[str, Any], path: Path) -> Facts | None:
     if "refused" in remembered:
         raise ProbeError(str(remembered["refused"]))
     try:
-        return plan.from_json(Probe, {"path": str(path), **remembered["probe"]})
+        return plan.from_json(kind, {"path": str(path), **remembered["probe"]})
     except (KeyError, TypeError):
         return None
 

@@ -13,16 +13,15 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ltxforge.dataset.captions import CaptionError, read_caption
+from ltxforge.dataset.captions import CaptionError, caption_path, read_caption
 from ltxforge.dataset.memo import Memo
 from ltxforge.dataset.windows import too_short, window_starts
 from ltxforge.errors import DataError, PlanError, Stopped
 from ltxforge.events import ClipJudged, Emit, Note, PhaseAdvanced, PhaseEnded, PhaseStarted
-from ltxforge.media.audio import require_sound, sound_beside
+from ltxforge.media.audio import SOUND_EXTENSIONS, sound_beside, sounds_named
 from ltxforge.media.buckets import bucket_sizes, nearest_bucket, too_small
-from ltxforge.media.decode import DecodeError
 from ltxforge.media.geometry import kept_share
-from ltxforge.media.probe import Probe, ProbeError, probe, require_regular_file
+from ltxforge.media.probe import Probe, ProbeError, Sound, probe, probe_sound, require_regular_file
 from ltxforge.modalities import has
 from ltxforge.printable import printable
 from ltxforge.shapes import ClipShape
@@ -33,15 +32,21 @@ _MPEG_STREAMS = (".mpg", ".mpeg", ".m2v", ".ts", ".mts", ".m2ts")
 EXTENSIONS = frozenset([*_MP4_AND_KIN, *_MPEG_STREAMS, ".avi", ".wmv", ".asf", ".flv", ".ogv", ".mxf", ".gif"])
 _IMAGES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"])
 _KEPT_SHARE_WARNING = 0.5
+# A sound may be so much shorter or longer than its clip without a word. Coders and cameras cut a few frames short; what
+# is behind the clip's end is lost and no harm, but much of it tells of the wrong file.
+_SHORTER_SECONDS, _LONGER_SECONDS = 0.2, 1.0
 
 
 @dataclass(frozen=True)
 class Clip:
     """One media file and its verdict: "ok", "rejected" or "dropped", the latter two with a reason.
 
+    `probe` is None where the file was refused, and of a file with sound alone.
+
     `name` is the path within the dataset's folder, safe to print; `digest` the SHA-256 of the file; `shape` the
     samples' size and `starts` their start times in seconds, of an ok clip. `sound` says where its sound lies, as
-    `SamplePlan.sound` does: "" none (or none wanted), "own" its own track, else the digest of the file beside it.
+    `SamplePlan.sound` does: "" none (or none wanted), "own" its own track, else the digest of the file beside it;
+    `sound_seconds` is when it ends, None where no header says.
     """
 
     path: Path
@@ -55,6 +60,11 @@ class Clip:
     shape: ClipShape | None = None
     starts: tuple[float, ...] = ()
     sound: str = ""
+    sound_seconds: float | None = None
+
+    def sound_at(self, start: float) -> str:
+        """`sound` of a window that starts there: "" behind the sound's end."""
+        return "" if self.sound_seconds is not None and start >= self.sound_seconds else self.sound
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,8 @@ def scan(
         buckets: "aspect" or "fixed", see `buckets.bucket_sizes`.
         factors: the VAE's (spatial, temporal) factors.
         modalities: what is trained. With "both" each clip's sound is looked for and may be missing; with "audio" a
-            clip without is dropped, and nothing of its picture but the length is judged.
+            clip without is dropped, nothing of its picture but the length is judged, and a file with sound alone is a
+            clip too.
         memo_directory: where digests and probes are remembered; None remembers nothing.
         leave_out: folders below `folder` that are none of the user's: a run's samples, a cache.
 
@@ -110,7 +121,7 @@ def scan(
         PlanError: the folder does not exist or holds no media files.
         Stopped: a stop was requested; what was probed until then is remembered.
     """
-    paths = _media_files(folder, leave_out)
+    paths = _media_files(folder, leave_out, modalities)
     sizes = bucket_sizes(resolution, buckets if has(modalities, "video") else "fixed", factors[0])
     for width, height in sizes:
         ClipShape(width, height, frames).latent(*factors)  # the recipe was checked: every sample is legal
@@ -144,23 +155,41 @@ def enforce_max_rejected(clips: Sequence[Clip], share: float) -> None:
     )
 
 
-def _media_files(folder: Path, leave_out: Collection[Path]) -> list[Path]:
+def _media_files(folder: Path, leave_out: Collection[Path], modalities: str) -> list[Path]:
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "does not exist"
         raise PlanError(f"the dataset's folder {what}", where=printable(str(folder)), remedy=_FOLDER_REMEDY)
     ours = {path.resolve() for path in leave_out}
-    paths = sorted(_walk(folder, ours), key=lambda path: path.relative_to(folder).parts)
+    found = sorted(_walk(folder, ours), key=lambda path: path.relative_to(folder).parts)
+    clips = {path.with_suffix("") for path in found if not _is_sound(path)}
+    paths = [path for path in found if not _is_sound(path) or _is_clip(path, clips, modalities)]
     if not paths:
         images = sum(path.suffix.lower() in _IMAGES for path in folder.rglob("*"))
         seen = f" ({images} images were seen: datasets of images are not in this release)" if images else ""
         raise PlanError(
             f"no clips in the dataset's folder{seen}", where=printable(str(folder)),
-            remedy=f"Looked for files named {' '.join(sorted(EXTENSIONS))}.",
+            remedy=f"Looked for files named {' '.join(sorted(EXTENSIONS))}"
+            + (f", and with sound alone {' '.join(SOUND_EXTENSIONS)}." if modalities == "audio" else "."),
         )  # fmt: skip
     return paths
 
 
 _FOLDER_REMEDY = "Paths are relative to the folder where ltxforge is started; set `path` of this [[dataset]]."
+
+
+def _is_sound(path: Path) -> bool:
+    return path.suffix.lower() in SOUND_EXTENSIONS
+
+
+def _is_clip(sound: Path, clips: Collection[Path], modalities: str) -> bool:
+    """Whether a sound file stands for itself: beside no clip, and the first of its name.
+
+    Where pictures are trained, only a caption tells that it was meant to be a clip.
+    """
+    first = next(iter(sounds_named(sound)), sound)
+    if sound.with_suffix("") in clips or (first != sound and not (sound.exists() and first.samefile(sound))):
+        return False
+    return modalities == "audio" or caption_path(sound).exists()
 
 
 def _walk(folder: Path, leave_out: Collection[Path]) -> Iterator[Path]:
@@ -170,14 +199,14 @@ def _walk(folder: Path, leave_out: Collection[Path]) -> Iterator[Path]:
             name for name in folders if not name.startswith(".") and Path(root, name).resolve() not in leave_out
         ]
         for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
+            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS.union(SOUND_EXTENSIONS):
                 yield Path(root, name)
 
 
 def _judge(path: Path, folder: Path, rules: _Rules, memo: Memo) -> Clip:
     clip = Clip(path, printable(path.relative_to(folder).as_posix()))
     try:
-        clip = _with_content(clip, memo)
+        clip = _with_content(clip, rules, memo)
         if has(rules.modalities, "audio"):
             clip = _with_sound(clip, rules, memo)
         return _with_samples(clip, rules)
@@ -189,7 +218,7 @@ def _judge(path: Path, folder: Path, rules: _Rules, memo: Memo) -> Clip:
         return replace(clip, verdict="rejected", reason=f"cannot be read ({(error.strerror or str(error)).lower()})")
 
 
-def _with_content(clip: Clip, memo: Memo) -> Clip:
+def _with_content(clip: Clip, rules: _Rules, memo: Memo) -> Clip:
     """Caption, digest and probe. The caption comes first: it is cheap to judge."""
     try:
         str(clip.path).encode()
@@ -197,20 +226,45 @@ def _with_content(clip: Clip, memo: Memo) -> Clip:
         raise _Rejected("its path is not valid Unicode and cannot be written down; rename it") from error
     require_regular_file(clip.path)
     caption = read_caption(clip.path)
+    if _is_sound(clip.path) and rules.modalities != "audio":
+        raise _Dropped('sound without a picture; training.modalities = "audio" uses it')
     digest = memo.digests.of(clip.path)
-    found = memo.probe(digest, clip.path, probe)
-    warnings = tuple(printable(text) for text in found.warnings)
-    return replace(clip, caption=caption, digest=digest, probe=found, warnings=warnings)
+    found = None if _is_sound(clip.path) else _picture(clip.path, digest, rules, memo)
+    warnings: tuple[str, ...] = ()
+    if found is not None:
+        warnings = found.warnings + (found.picture_warnings if has(rules.modalities, "video") else ())
+    return replace(clip, caption=caption, digest=digest, probe=found, warnings=tuple(map(printable, warnings)))
+
+
+def _picture(path: Path, digest: str, rules: _Rules, memo: Memo) -> Probe | None:
+    """The probe; None where only sound is wanted and the file holds nothing else."""
+    try:
+        return memo.probe(digest, path, probe)
+    except ProbeError:
+        if rules.modalities != "audio" or not _is_sound_alone(path, digest, memo):
+            raise
+        return None
+
+
+def _is_sound_alone(path: Path, digest: str, memo: Memo) -> bool:
+    try:
+        return not memo.sound(digest, path, probe_sound).has_picture
+    except ProbeError:
+        return False
 
 
 def _with_sound(clip: Clip, rules: _Rules, memo: Memo) -> Clip:
     """Where its sound lies. What was put beside it must be readable; its own track may be beyond us."""
     beside, found = sound_beside(clip.path), clip.probe
-    assert found is not None
     if beside is not None:
-        return replace(clip, sound=_digest_of_sound(beside, memo))
+        digest, sound = _sound_beside(beside, memo)
+        return _with_facts(clip, digest, sound)
+    if found is None:
+        return _with_facts(clip, "own", memo.sound(clip.digest, clip.path, probe_sound))
     if found.audio_codec:
-        return replace(clip, sound="own")
+        end = found.audio_seconds or None
+        lengths = () if end is None or found.warnings else _length_warning(end, found.duration_seconds)
+        return replace(clip, sound="own", sound_seconds=end, warnings=clip.warnings + lengths)
     reason = "its sound's codec is unknown to this build of ffmpeg" if found.has_audio else ""
     if rules.modalities == "both":
         return replace(clip, warnings=(*clip.warnings, f"{reason}: its picture is trained alone")) if reason else clip
@@ -219,15 +273,37 @@ def _with_sound(clip: Clip, rules: _Rules, memo: Memo) -> Clip:
     raise _Dropped("no sound: neither a track of its own nor a sound file of the same name beside it")
 
 
-def _digest_of_sound(beside: Path, memo: Memo) -> str:
+def _sound_beside(beside: Path, memo: Memo) -> tuple[str, Sound]:
+    """Digest and facts of the sound file beside a clip."""
     try:
         require_regular_file(beside)
         digest = memo.digests.of(beside)
-        memo.sound(digest, beside, require_sound)
-    except (ProbeError, DecodeError, OSError) as error:
+        return digest, memo.sound(digest, beside, probe_sound)
+    except (ProbeError, OSError) as error:
         remedy = "repair it, or take it away to use the clip's own sound, if it has any"
         raise _Rejected(f"the sound file {beside.name} beside it cannot be used: {error}; {remedy}") from error
-    return digest
+
+
+def _with_facts(clip: Clip, where: str, sound: Sound) -> Clip:
+    """The clip with a sound file's facts, and what is odd about them."""
+    name = Path(sound.path).name
+    warnings = tuple(
+        f"{other.name} is not used, {name} is" for other in sounds_named(clip.path) if not other.samefile(sound.path)
+    )  # fmt: skip
+    if sound.fault:
+        warnings += (f"{name}: {sound.fault}; the sound of windows there is left out",)
+    elif clip.probe is not None:
+        warnings += _length_warning(sound.seconds, clip.probe.duration_seconds)
+    return replace(
+        clip, sound=where, sound_seconds=sound.seconds, warnings=clip.warnings + tuple(map(printable, warnings))
+    )
+
+
+def _length_warning(sound: float, clip: float) -> tuple[str, ...]:
+    lengths = f"the sound is {sound:.1f} s, the clip {clip:.1f} s"
+    if sound < clip - _SHORTER_SECONDS:
+        return (f"{lengths}: silent from there on",)
+    return (f"{lengths}: the rest of the sound is not used",) if sound > clip + _LONGER_SECONDS else ()
 
 
 def _tell_the_silent(clips: Sequence[Clip], emit: Emit) -> None:
@@ -239,20 +315,35 @@ def _tell_the_silent(clips: Sequence[Clip], emit: Emit) -> None:
 def _with_samples(clip: Clip, rules: _Rules) -> Clip:
     """Size and windows, by the recipe."""
     found = clip.probe
-    assert found is not None
-    is_seen = has(rules.modalities, "video")
-    if is_seen and found.is_hdr:
-        raise _Rejected(f"HDR ({found.colour_transfer.upper()}) is refused until tone-mapping exists")
-    if reason := too_short(found.timestamps, found.frame_seconds, frames=rules.frames, fps=rules.fps):
-        raise _Dropped(reason)
+    if found is None:
+        return _with_windows(clip, rules, rules.sizes[0])
     bucket = nearest_bucket(found.size, rules.sizes)
-    if is_seen and (reason := too_small(found.size, bucket, rules.max_upscale)):
+    if not has(rules.modalities, "video"):
+        return _with_windows(clip, rules, bucket)
+    if found.is_hdr:
+        raise _Rejected(f"HDR ({found.colour_transfer.upper()}) is refused until tone-mapping exists")
+    clip = _with_windows(clip, rules, bucket)
+    if reason := too_small(found.size, bucket, rules.max_upscale):
         raise _Dropped(reason)
-    starts = window_starts(
-        found.timestamps, found.frame_seconds, frames=rules.frames, fps=rules.fps, windows=rules.windows
-    )
-    warnings = clip.warnings + (_crop_warning(found.size, bucket) if is_seen else ())
-    return replace(clip, shape=ClipShape(*bucket, rules.frames), starts=starts, warnings=warnings)
+    return replace(clip, warnings=clip.warnings + _crop_warning(found.size, bucket))
+
+
+def _with_windows(clip: Clip, rules: _Rules, size: tuple[int, int]) -> Clip:
+    """The windows, of a clip without a picture as many as its sound holds; of sound alone those that have some."""
+    times, interval = _frame_times(clip, rules.fps)
+    if reason := too_short(times, interval, frames=rules.frames, fps=rules.fps, is_sound=clip.probe is None):
+        raise _Dropped(reason)
+    starts = window_starts(times, interval, frames=rules.frames, fps=rules.fps, windows=rules.windows)
+    if rules.modalities == "audio":
+        starts = tuple(start for start in starts if clip.sound_at(start))
+    return replace(clip, shape=ClipShape(*size, rules.frames), starts=starts)
+
+
+def _frame_times(clip: Clip, fps: float) -> tuple[tuple[float, ...], float]:
+    """Times of the frames and how long one is shown; of sound alone, those of the first and the last there would be."""
+    if clip.probe is not None:
+        return clip.probe.timestamps, clip.probe.frame_seconds
+    return (0.0, max(0.0, (clip.sound_seconds or 0.0) - 1 / fps)), 1 / fps
 
 
 def _crop_warning(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[str, ...]:

@@ -44,13 +44,13 @@ def window_starts(
     return tuple(round(room * index / (count - 1), 6) for index in range(count))
 
 
-def too_short(timestamps: Sequence[float], frame_seconds: float, *, frames: int, fps: float) -> str:
-    """Why not even one window fits, with the numbers, or ""."""
+def too_short(
+    timestamps: Sequence[float], frame_seconds: float, *, frames: int, fps: float, is_sound: bool = False
+) -> str:
+    """Why not even one window fits, with the numbers, or "". `is_sound`: the frames are only counted, not there."""
     needed = (frames - 1) / fps
     if timestamps[-1] + frame_seconds / 2 + 1e-6 >= needed:
         return ""
     shown = timestamps[-1] + frame_seconds
-    return (
-        f"too short: {shown:.2f} s ({len(timestamps)} {'frame' if len(timestamps) == 1 else 'frames'}), "
-        f"and {frames} frames at {fps:g} fps need {needed + 1 / fps:.2f} s"
-    )
+    counted = "of sound" if is_sound else f"({len(timestamps)} {'frame' if len(timestamps) == 1 else 'frames'})"
+    return f"too short: {shown:.2f} s {counted}, and {frames} frames at {fps:g} fps need {needed + 1 / fps:.2f} s"

@@ -30,5 +30,5 @@ def inspect_sound(path: str) -> dict[str, Any]:
         fault = error.reason
     if not line.has_sound:
         raise MediaFault("no sound in it")
-    seconds = max(line.reached, stated - (line.origin or 0.0)) if fault else line.reached
+    seconds = line.reached if line.has_ended else max(line.reached, stated - (line.origin or 0.0))
     return {"seconds": seconds, "fault": fault, **facts}

@@ -102,7 +102,8 @@ class TimeLine:
     is_full = False
 
     def __init__(self, origin: float | None = None, begin: float = 0.0) -> None:
-        self.origin, self.begin, self.source_rate, self.has_sound = origin, begin, 0, False
+        self.origin, self.begin, self.source_rate = origin, begin, 0
+        self.has_sound = self.has_ended = False
         self._next: int | None = None
 
     @property
@@ -282,6 +283,7 @@ def _fill_from(
         is_torn = False
         if line.is_full:
             return True
+    line.has_ended = True
     if line.is_fresh:
         if is_torn:
             raise MediaFault("no sound of it can be decoded")

@@ -85,8 +85,8 @@ class Probe:
 class Sound:
     """The facts of one file's sound, all of which was decoded.
 
-    `seconds` is its length from its first sample, `fault` where it is damaged or cut short ("" if it is not; else the
-    length is what its header says, if it does). Codec, rate, channels and layout are as in `Probe`.
+    `seconds` is its length from its first sample, `fault` where it is damaged or cut short ("" if it is not; behind
+    damage the length is what its header says, if it does). Codec, rate, channels and layout are as in `Probe`.
     """
 
     path: str

@@ -7,6 +7,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -57,10 +58,11 @@ class Levels:
     def audio_vae(self):
         return self.hold("audio_vae")
 
-    def encode_prompts(self, wanted, tokens):
+    def encode_prompts(self, wanted, tokens, on_read):
         with self.hold("text"):
             for prompt in wanted:
                 self.encoded.append(f"prompt {prompt.modalities} {prompt.text}")
+                assert callable(on_read)
                 names = ("video", "audio") if prompt.modalities == "both" else (prompt.modalities,)
                 yield PromptEmbeddings({name: torch.zeros(tokens, 8) for name in names}, 3)
 
@@ -240,6 +242,46 @@ def test_sound_alone_encodes_no_pictures_and_drops_the_silent(folder, make, fill
     assert verdict.verdict == "dropped" and "digital silence" in verdict.reason
     with pytest.raises(DataError, match="nothing to train on"):
         fill(make([sample(clip, 1.0)], "audio"))
+
+
+def test_epochs_are_counted_anew_once_someone_has_listened(folder, make, fill, make_wav):
+    """Batches of two, accumulated in pairs by the plan's own count: 5 samples are 3 batches, 2 are one."""
+    make_wav(folder / "two_discs.wav", [(0.8, 0.5), (1.2, 0.0)])
+    samples = [sample(folder / "two_discs.mp4", start) for start in (0.0, 0.4, 0.8, 1.2, 1.6)]
+    plan = make(samples, "audio", steps=6)
+    _, events, _ = fill(plan)
+    assert "2 of 5 planned samples have sound: 6 steps are now 6 epochs" in notes(events)
+    assert "planned samples" not in notes(fill(make(samples[:2], "audio", steps=6))[1])
+
+
+def test_a_sound_file_that_is_the_clip(folder, make, fill, make_wav):
+    path = make_wav(folder / "bell.wav", [(0.4, 0.5), (0.6, 0.25)])
+    plan = make([sample(path, 0.5, sound="own")], "audio")
+    data, _, _ = fill(plan)
+    assert torch.allclose(levels(plan, data.samples[0]), torch.tensor(0.25), atol=2e-3)
+
+
+def test_a_damaged_file_beside_is_named_and_its_silence_never_trained(folder, make, fill):
+    """Two seconds of noise, the middle third overwritten: windows there have no sound and a verdict that says why."""
+    clip, beside = folder / "two_discs.mp4", folder / "two_discs.flac"
+    with av.open(str(beside), "w") as target:
+        stream = target.add_stream("flac", rate=16000, layout="stereo")
+        noise = (np.random.default_rng(0).standard_normal((1, 2 * 2 * 16000)) * 5000).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(noise, "s16", "stereo")
+        frame.sample_rate = 16000
+        target.mux([*stream.encode(frame), *stream.encode(None)])
+    whole = beside.read_bytes()
+    third = len(whole) // 3
+    beside.write_bytes(whole[:third] + np.random.default_rng(1).bytes(third) + whole[2 * third :])
+    digest = file_digest(beside)
+    windows = [sample(clip, start, digest) for start in (0.0, 0.6, 0.8, 1.6)]
+    for modalities, words in (("both", "picture alone"), ("audio", "cannot be decoded")):
+        data, events, _ = fill(make(windows, modalities))
+        (verdict,) = judged(events)
+        assert "two_discs.flac beside it: its sound is damaged at 0." in verdict.warnings[0]
+        assert words in verdict.warnings[0] and "2 of 4" in verdict.warnings[0] and "silence" not in notes(events)
+        heard = [item.sample.start_seconds for item in data.samples if item.audio_key]
+        assert heard == [0.0, 1.6]
 
 
 @pytest.mark.parametrize(("level", "is_heard"), [(0.0, False), (2 / 32767, False), (5 / 32767, True)])

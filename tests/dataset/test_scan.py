@@ -6,8 +6,11 @@ import hashlib
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 
 from ltxforge import digests
@@ -17,6 +20,7 @@ from ltxforge.errors import DataError, PlanError, RunError, Stopped
 from ltxforge.events import ClipJudged, Event, Note, PhaseAdvanced, PhaseEnded, PhaseStarted
 from ltxforge.media import demo
 from ltxforge.media.probe import ProbeError
+from ltxforge.media.write import write_video
 from ltxforge.signals import StopRequest
 
 
@@ -285,11 +289,113 @@ def test_a_sound_file_that_passed_is_not_tried_again(sounds: Path, tmp_path: Pat
         raise AssertionError("asked again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(scanning, "require_sound", must_not)
+        patch.setattr(scanning, "probe_sound", must_not)
         patch.setattr(digests, "file_digest", must_not)
         assert look(sounds, **rules) == first
     beside.write_text("no sound any more", encoding="utf-8")
     assert look(sounds, **rules)["red_disc.mp4"].verdict == "rejected"
+
+
+def test_a_sound_of_another_length_is_told_and_counted(sounds: Path, make_wav) -> None:
+    """The clips are 2.0 s long, their windows start at 0 and 1.32 s."""
+    for seconds, words, heard in (
+        (0.2, ("the sound is 0.2 s, the clip 2.0 s: silent from there on",), [True, False]),
+        (1.7, ("the sound is 1.7 s, the clip 2.0 s: silent from there on",), [True, True]),
+        (1.85, (), [True, True]),
+        (2.9, (), [True, True]),
+        (9.0, ("the sound is 9.0 s, the clip 2.0 s: the rest of the sound is not used",), [True, True]),
+    ):
+        make_wav(sounds / "red_disc.wav", [(seconds, 0.5)])
+        clip = look(sounds, modalities="both")["red_disc.mp4"]
+        assert (clip.verdict, clip.warnings, clip.starts) == ("ok", words, (0.0, 1.32)), seconds
+        assert [bool(clip.sound_at(start)) for start in clip.starts] == heard
+        clip = look(sounds, modalities="audio")["red_disc.mp4"]
+        assert clip.warnings == words and clip.starts == (0.0, 1.32)[: sum(heard)]
+    assert look(sounds)["red_disc.mp4"].warnings == ()
+
+
+def test_a_track_of_its_own_may_be_too_short(sounds: Path) -> None:
+    path = sounds / "red_disc.mp4"
+    write_video(path, np.zeros((50, 96, 128, 3), np.uint8), 25)
+    with av.open(str(path)) as source, av.open(str(path.with_suffix(".mov")), "w") as target:
+        picture, sound = target.add_stream_from_template(source.streams.video[0]), target.add_stream("pcm_s16le", 16000)
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = picture
+                target.mux(packet)
+        frame = av.AudioFrame.from_ndarray(np.full((1, 16000), 9000, np.int16), "s16", "mono")
+        frame.sample_rate = 16000
+        target.mux([*sound.encode(frame), *sound.encode(None)])
+    path.unlink()
+    clip = look(sounds, modalities="both")["red_disc.mov"]
+    assert clip.warnings == ("the sound is 1.0 s, the clip 2.0 s: silent from there on",)
+    assert [clip.sound_at(start) for start in clip.starts] == ["own", ""]
+
+
+def test_damage_and_rivals_of_a_sound_file_are_told(sounds: Path, make_wav) -> None:
+    beside = make_wav(sounds / "red_disc.wav", [(2.0, 0.5)])
+    (sounds / "red_disc.flac").write_text("whatever", encoding="utf-8")
+    beside.write_bytes(beside.read_bytes()[:64044])  # half of it
+    clip = look(sounds, modalities="both")["red_disc.mp4"]
+    assert clip.verdict == "ok" and clip.warnings == (
+        "red_disc.flac is not used, red_disc.wav is",
+        "red_disc.wav: its sound is cut short: it ends at 1.00 s, and its header promises 2.00 s; "
+        "the sound of windows there is left out",
+    )
+    assert clip.sound_seconds == pytest.approx(1.0) and clip.sound_at(1.32) == ""
+    beside.write_bytes(os.urandom(3000))
+    reason = look(sounds, modalities="both")["red_disc.mp4"].reason
+    assert "red_disc.wav beside it cannot be used" in reason and "video" not in reason
+
+
+def test_sound_alone_is_a_clip_where_sound_alone_is_trained(sounds: Path, rendered: Path, make_wav) -> None:
+    """Windows of 17 frames at 25 fps, 0.68 s each, from sound of 1.5 s: they spread over all of it."""
+    make_wav(sounds / "bell.wav", [(1.5, 0.5)])
+    make_wav(sounds / "short.wav", [(0.5, 0.5)])
+    make_wav(sounds / "red_disc.wav", [(2.0, 0.5)])  # beside a clip
+    make_wav(sounds / "wordless.wav", [(2.0, 0.5)])
+    with av.open(str(rendered / "red_disc.mp4")) as source, av.open(str(sounds / "film.mp4"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux(audio=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    for name in ("bell", "short", "film"):
+        (sounds / f"{name}.txt").write_text(f"a {name}", encoding="utf-8")
+    clips = look(sounds, modalities="audio", resolution=(1024, 512))
+    assert set(clips) == {"bell.wav", "blue_square.mp4", "film.mp4", "red_disc.mp4", "short.wav", "two_discs.mp4",
+                          "wordless.wav"}  # fmt: skip
+    bell, film = clips["bell.wav"], clips["film.mp4"]
+    assert (bell.verdict, bell.sound, bell.caption, bell.warnings) == ("ok", "own", "a bell", ())
+    assert (str(bell.shape), bell.starts, bell.sound_seconds) == ("1024x512x17", (0.0, 0.82), 1.5)
+    assert (film.verdict, film.sound, len(film.starts)) == ("ok", "own", 2)
+    assert clips["short.wav"].reason == "too short: 0.50 s of sound, and 17 frames at 25 fps need 0.68 s"
+    assert clips["wordless.wav"].reason.startswith("no caption")
+    for modalities in ("both", "video"):
+        clips = look(sounds, modalities=modalities)
+        assert {name for name in clips if name.endswith(".wav")} == {"bell.wav", "short.wav"}, "those with a caption"
+        assert clips["bell.wav"].verdict == "dropped" and 'training.modalities = "audio"' in clips["bell.wav"].reason
+        assert clips["film.mp4"].verdict == "rejected" and "no picture" in clips["film.mp4"].reason
+
+
+def test_sound_files_of_one_name_are_one_clip(tmp_path: Path, make_wav) -> None:
+    make_wav(tmp_path / "bell.wav", [(1.0, 0.5)])
+    make_wav(tmp_path / "bell.wav.wav", [(1.0, 0.5)]).rename(tmp_path / "bell.flac")
+    (tmp_path / "bell.txt").write_text("a bell", encoding="utf-8")
+    clips = look(tmp_path, modalities="audio")
+    assert list(clips) == ["bell.wav"] and clips["bell.wav"].warnings == ("bell.flac is not used, bell.wav is",)
+    (tmp_path / "bell.wav").write_bytes(os.urandom(2000))
+    assert look(tmp_path, modalities="audio")["bell.wav"].verdict == "rejected"
+
+
+def test_sound_alone_is_told_nothing_of_the_picture(sounds: Path) -> None:
+    path = sounds / "red_disc.mp4"
+    found = replace(scanning.probe(path), warnings=("cut",), picture_warnings=("wide",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scanning, "probe", lambda _path: found)
+        told = {modalities: look(sounds, modalities=modalities)["red_disc.mp4"].warnings
+                for modalities in ("video", "both", "audio")}  # fmt: skip
+    assert told == {"video": ("cut", "wide"), "both": ("cut", "wide"), "audio": ("cut",)}
 
 
 def verdicts(*words: str) -> list[Clip]:
