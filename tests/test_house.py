@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -61,6 +62,8 @@ BESIDE = {
 # Where an import may hide in a function: `module: imported`. importlib.import_module counts.
 HIDDEN = {"cli: importlib", "optim: importlib"}
 FILES = sorted(path for path in (ROOT / "ltxforge").rglob("*.py"))
+# Below every floor: it imports torch, triton and itself.
+KERNEL_FILES = sorted((ROOT / "kernels").rglob("*.py"))
 
 
 def module_name(path: Path) -> str:
@@ -144,13 +147,30 @@ def test_no_import_hides_in_a_function():
     assert found <= HIDDEN, found - HIDDEN
 
 
+def test_kernels_import_torch_and_triton_only():
+    allowed = {"torch", "triton", "ltxforge_kernels", *sys.stdlib_module_names}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno} imports {module}{' inside a function' if inside else ''}"
+        for path in KERNEL_FILES
+        for module, node, inside in imports(path)
+        if module.split(".")[0] not in allowed or inside
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_choice_of_kernels_is_pure():
+    """Plans are made without torch, and the choice is part of a plan."""
+    code = "import sys; sys.path.insert(0, 'kernels'); import ltxforge_kernels.choice; print('torch' in sys.modules)"
+    assert python(code).stdout.strip() == "False"
+
+
 BANNED_CALLS = {"eval", "exec", "torch.load", "torch.save", "pickle.load", "pickle.loads", "pickle.dump", "os.system"}
 BANNED_MODULES = {"pickle", "cPickle", "yaml", "dill", "joblib", "kernels"}
 
 
 def test_banned_constructs():
     wrong = []
-    for path in FILES:
+    for path in FILES + KERNEL_FILES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
@@ -164,7 +184,7 @@ def test_banned_constructs():
 
 def test_only_durable_renames_and_deletes():
     wrong = []
-    for path in FILES:
+    for path in FILES + KERNEL_FILES:
         if path.name == "durable.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -180,13 +200,13 @@ def test_only_durable_renames_and_deletes():
 
 
 def test_every_module_says_what_it_is():
-    modules = [path for path in FILES if path.name != "__init__.py"]
+    modules = [path for path in FILES if path.name != "__init__.py"] + KERNEL_FILES
     assert not [path.name for path in modules if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
 
 
 @pytest.mark.parametrize("name", ["utils", "util", "common", "helpers", "misc", "manager", "handler", "base"])
 def test_no_file_hides_an_idea_behind_a_vague_name(name):
-    assert not [path for path in FILES if path.stem == name or path.parent.name == name]
+    assert not [path for path in FILES + KERNEL_FILES if path.stem == name or path.parent.name == name]
 
 
 def test_the_loop_is_one_screen():
@@ -266,10 +286,31 @@ def test_the_kernels_folder_never_shadows_hugging_face_s_package():
     assert not list((ROOT / "kernels").glob("*.py"))
     assert not (ROOT / "tests" / "kernels" / "__init__.py").exists()
     code = f"""
+import importlib.metadata
 import importlib.util
 spec = importlib.util.find_spec("kernels")
 assert spec is None or spec.origin is None or not spec.origin.startswith({str(ROOT)!r}), spec
+installed = "kernels" in importlib.metadata.packages_distributions()
+import diffusers.utils
+import transformers.utils
+for library in (diffusers, transformers):
+    assert installed or not library.utils.is_kernels_available(), library
 from diffusers import LTXConditionPipeline, LTXImageToVideoPipeline, LTXPipeline
 """
     result = python(code)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_wheel_holds_both_packages_and_no_third():
+    """What setuptools finds by pyproject.toml's own words, editable and in the wheel."""
+    setuptools = pytest.importorskip("setuptools")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    find = project["tool"]["setuptools"]["packages"]["find"]
+    assert find["namespaces"] is False
+    found = {
+        name for where in find["where"] for name in setuptools.find_packages(ROOT / where, include=find["include"])
+    }
+    ours = {module_name(path) for path in FILES if path.name == "__init__.py"}
+    kernels = {module_name(path).removeprefix("kernels.") for path in KERNEL_FILES if path.name == "__init__.py"}
+    assert found == ours | kernels
+    assert {"ltxforge", "ltxforge_kernels"} <= found

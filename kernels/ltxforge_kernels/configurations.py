@@ -1,0 +1,92 @@
+"""Block sizes, warps and stages of every kernel, by (arch, dtype, width bucket): a committed table, never live timing.
+
+Never keyed on token counts, so that another video length changes no kernel. The compile-only tests hold every row
+against registers, spills and shared memory of its chip; a figure for speed comes from the bench alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ltxforge_kernels.target import INTERPRETER
+
+# Widths are bucketed by the next power of two, at most this: beyond it, one row is more than one program's.
+WIDEST = 16384
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How one kernel is launched. `blocks` are its constexpr block sizes by name."""
+
+    blocks: Mapping[str, int]
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def options(self) -> dict[str, int]:
+        """Everything as keyword arguments of a launch."""
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table; None fits everything. Of the rows that fit, the most specific one holds."""
+
+    kernel: str
+    configuration: Configuration
+    arch: int | str | None = None
+    dtype: torch.dtype | None = None
+    width: int | None = None
+    specific: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        # The chip says more than the dtype, and that more than the width.
+        weights = ((self.arch, 4), (self.dtype, 2), (self.width, 1))
+        object.__setattr__(self, "specific", sum(weight for value, weight in weights if value is not None))
+
+    def fits(self, kernel: str, arch: int | str, dtype: torch.dtype, width: int) -> bool:
+        return (
+            self.kernel == kernel
+            and self.arch in (None, arch)
+            and self.dtype in (None, dtype)
+            and self.width in (None, width)
+        )
+
+
+# The interpreter pays for each program, not for registers, so its tiles are large.
+TABLE = (
+    Row("flow_matching.noise", Configuration({"TOKENS": 8})),
+    Row("flow_matching.noise", Configuration({"TOKENS": 64}), arch=INTERPRETER),
+    Row("flow_matching.residual", Configuration({"TOKENS": 8})),
+    Row("flow_matching.residual", Configuration({"TOKENS": 64}), arch=INTERPRETER),
+    Row("flow_matching.finish", Configuration({"PARTS": 1024})),
+    # Small, so that tests reach the second pass of its loop.
+    Row("flow_matching.finish", Configuration({"PARTS": 16}), arch=INTERPRETER),
+    Row("flow_matching.gradient", Configuration({"TOKENS": 8})),
+    Row("flow_matching.gradient", Configuration({"TOKENS": 64}), arch=INTERPRETER),
+    # 64 lanes a warp: twice the tokens, so that a lane still stores 16 bytes of bf16.
+    Row("flow_matching.noise", Configuration({"TOKENS": 16}), arch="gfx942"),
+    Row("flow_matching.residual", Configuration({"TOKENS": 16}), arch="gfx942"),
+    Row("flow_matching.gradient", Configuration({"TOKENS": 16}), arch="gfx942"),
+)
+
+
+def bucket(width: int) -> int:
+    """The power of two at or above a width, at most `WIDEST`."""
+    return min(1 << max(width - 1, 0).bit_length(), WIDEST)
+
+
+@functools.cache
+def configuration(kernel: str, arch: int | str, dtype: torch.dtype, width: int) -> Configuration:
+    """The configuration of a kernel for rows of this width.
+
+    Raises:
+        KeyError: the table has no row for the kernel.
+    """
+    rows = [row for row in TABLE if row.fits(kernel, arch, dtype, bucket(width))]
+    if not rows:
+        raise KeyError(f"no configuration of {kernel} for {arch}, {dtype}, width {width}")
+    return max(rows, key=lambda row: row.specific).configuration

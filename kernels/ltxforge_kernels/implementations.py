@@ -1,0 +1,42 @@
+"""Three implementations behind one call: eager (the reference), compile (torch.compile of it) and triton (our launch).
+
+It carries a choice out and makes none.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from ltxforge_kernels.choice import IMPLEMENTATIONS
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+Function = TypeVar("Function", bound=Callable)
+
+
+@functools.cache
+def compiled(reference: Function) -> Function:
+    """torch.compile of a reference, one per process; it compiles when it is first called, again for new shapes."""
+    return torch.compile(reference, fullgraph=True)
+
+
+def pick(implementation: str, reference: Function, launch: Callable | None) -> Function:
+    """The function that carries an implementation out.
+
+    Raises:
+        RuntimeError: triton was chosen where it is not installed; a plan never does.
+    """
+    if implementation == "eager":
+        return reference
+    if implementation == "compile":
+        return compiled(reference)
+    if implementation != "triton":
+        raise ValueError(f"{implementation!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    if launch is None:
+        raise RuntimeError("this implementation needs Triton, which is not installed")
+    return launch

@@ -1,0 +1,39 @@
+"""Every launch at the shapes of real training, on meta tensors: what the compile-only harness compiles.
+
+A new op adds its launches here. They call the launch functions themselves, not the torch.library ops, which would
+answer meta tensors with their fakes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ltxforge_kernels.cases import LATENTS, Filler
+from ltxforge_kernels.flow_matching import launch as flow_matching
+from ltxforge_kernels.flow_matching.inputs import inputs as flow_matching_inputs
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Launches of one op: `run(dtype)` makes them. `dot` says that its kernels multiply matrices on tensor cores."""
+
+    name: str
+    run: Callable[[torch.dtype], object]
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+    dot: bool = False
+
+
+def flow_matching_step(dtype: torch.dtype) -> None:
+    """Noising, loss and gradient of one step; the loss of an evaluation, too."""
+    given = flow_matching_inputs(LATENTS[0], Filler("meta"), dtype)
+    flow_matching.launch_noise(given.latents, given.draws, given.sigma, dtype)
+    loss_of = (given.prediction, given.latents, given.draws, given.weight)
+    loss, residual, scale = flow_matching.launch_loss(*loss_of, keep=True)
+    flow_matching.launch_loss(*loss_of, keep=False)
+    flow_matching.launch_gradient(residual, scale, torch.ones_like(loss), dtype)
+
+
+LAUNCHES = (Launch("flow_matching", flow_matching_step),)
