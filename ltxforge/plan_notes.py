@@ -40,7 +40,8 @@ def notes_on(
     """
     notes = [f"the LoRA file's {layer} is not read by {why}" for layer, why in matched.unread.items()]
     if unread_keys:
-        notes.append(f"this model makes no sound and reads none of: {', '.join(sorted(unread_keys))}")
+        why = "counts time in one way only" if spec.has_audio else "makes no sound"
+        notes.append(f"this model {why} and reads none of: {', '.join(sorted(unread_keys))}")
     if lora_file and (fresh := len(matched.layers.keys() - lora_file.header.layers.keys())):
         notes.append(f"{fresh} of the {len(matched.layers)} trained layers are not in lora.init_from and start fresh")
     if spec.has_audio:
@@ -55,6 +56,9 @@ def _on_sound(plan: Plan, matched: Match) -> Iterator[str]:
         yield ALONE[plan.training.modalities]
     if plan.training.modalities != "both":
         return
+    is_context = plan.audio is not None and plan.audio.loss_weight == 0
+    if is_context:
+        yield from _on_context(matched)
     count, with_sound = len(plan.data.samples), sum(bool(sample.sound) for sample in plan.data.samples)
     if with_sound == 0:
         yield (
@@ -62,10 +66,20 @@ def _on_sound(plan: Plan, matched: Match) -> Iterator[str]:
             ' "video" that costs less'
         )
     elif with_sound < count:
-        others = "train video only"
+        others = "train without that context" if is_context else "train video only"
         if all(modality_of(layer) != "video" for layer in matched.layers):
             others = "train nothing, because every layer of the LoRA needs sound"
         yield f"{with_sound} of {count} samples have a sound track; the others {others}"
+
+
+def _on_context(matched: Match) -> Iterator[str]:
+    """Sound that is computed and not learnt from."""
+    yield "audio.loss_weight = 0: sound is context only, nothing is learnt from it"
+    if sounding := sum(modality_of(layer) == "audio" or "video_to_audio" in layer for layer in matched.layers):
+        yield (
+            f"{sounding} of the LoRA's layers make the sound and follow the video's loss alone: the model's sound"
+            " drifts; the video's layers alone, which are the default here, leave it"
+        )
 
 
 def _on_batches(plan: Plan) -> Iterator[str]:

@@ -259,10 +259,12 @@ def _flow(recipe: Recipe) -> FlowPlan:
 def _lora(recipe: Recipe, modalities: str, facts: Facts) -> LoraPlan:
     """A run that goes on keeps what it began from: its checkpoint holds all that came of it."""
     lora, begun = recipe.lora, facts.previous.lora.init_digest if facts.previous and recipe.lora.init_from else ""
+    # Sound that is context only teaches nothing: its layers would drift with the video's loss.
+    learnt = "video" if recipe.audio.loss_weight == 0 and has(modalities, "video") else modalities
     return LoraPlan(
         rank=lora.rank, alpha=float(lora.rank if lora.alpha is None else lora.alpha), dropout=lora.dropout,
         rslora=lora.rslora, targets=tuple(lora.targets), save_precision=lora.save_precision,
-        modalities=lora.modalities or modalities,
+        modalities=lora.modalities or learnt,
         init_from=str(Path(lora.init_from).expanduser()) if lora.init_from else "",
         init_digest=facts.lora_file.digest if facts.lora_file else begun,
     )  # fmt: skip
@@ -397,12 +399,14 @@ def _guidance(section: Validation, spec: ModelSpec) -> dict[str, Any]:
 
 
 def _unread(recipe: Recipe, facts: Facts) -> set[str]:
-    """Keys that the recipe says for nothing, because the weights turned out to make no sound.
+    """Keys that the recipe says for nothing, because of the family that the weights turned out to be.
 
     Where the text names the family, `recipe/model_rules.py` has told already.
     """
-    if facts.spec.has_audio or family_named(recipe.model):
+    if family_named(recipe.model):
         return set()
+    if facts.spec.has_audio:
+        return {"model.rope"} if recipe.model.rope != "auto" else set()
     keys = {f"model.{name}" for name in SOUND_PARTS} | {f"validation.{name}" for name in LTX2_SAMPLING}
     return {key for key in facts.said if key in keys or key == "cache.text_cache" or key.startswith("audio.")}
 
@@ -449,6 +453,10 @@ def _origins(recipe: Recipe, facts: Facts) -> dict[str, str]:
             )  # fmt: skip
     if facts.out_given:
         origins["run.directory"] = "--out"
+    if recipe.run.steps is None:
+        origins["run.steps"] = origins["run.epochs"]
+    if recipe.validation.stg and not facts.spec.skips_attention:
+        origins["validation.stg"] = "weights"  # which have nothing to skip, so that it is off
     return origins
 
 

@@ -133,10 +133,13 @@ class Session:
             )  # fmt: skip
 
     def report_sound(self, step: int) -> None:
-        """How many steps until now had sound to train on, where sound is trained."""
+        """How many steps until now had sound to train on, or as context, where sound is computed."""
         if self.plan.audio is not None and step:
             heard = self.batches.steps_with_sound(1, step)
-            self.emit(Note(f"{heard} of {step} steps trained sound", "info" if heard else "warning"))
+            told = f"{heard} of {step} steps trained sound"
+            if self.plan.audio.loss_weight == 0:
+                told = f"{heard} of {step} steps had sound, as context only: audio.loss_weight is 0"
+            self.emit(Note(told, "info" if heard else "warning"))
 
     def after_step(self, step: int) -> None:
         """What follows an update: saving first, so that a fault in sampling costs nothing."""

@@ -252,11 +252,67 @@ def test_a_model_with_sound_trains_both_unless_told():
 
 def test_what_the_recipe_says_of_sound_is_planned():
     more = (
-        '[audio]\nsigma = "shared"\nloss_weight = 0\n[lora]\nmodalities = "audio"\n[cache]\ntext_cache = "features"\n'
+        '[audio]\nsigma = "shared"\nloss_weight = 0.5\n[lora]\nmodalities = "audio"\n[cache]\ntext_cache = "features"\n'
     )
     plan = ltx2_plan(more)
-    assert plan.audio == AudioPlan("shared", 0.0)
+    assert plan.audio == AudioPlan("shared", 0.5)
     assert (plan.training.modalities, plan.lora.modalities, plan.cache.text) == ("both", "audio", "features")
+
+
+CONTEXT = "[audio]\nloss_weight = 0\n"
+
+
+def test_sound_without_weight_is_context_and_its_layers_stay_as_they_are():
+    plan = ltx2_plan(CONTEXT)
+    assert (plan.training.modalities, plan.lora.modalities, plan.audio) == (
+        "both",
+        "video",
+        AudioPlan("independent", 0),
+    )
+    video = ltx2_plan('[lora]\nmodalities = "video"\n')
+    assert plan.lora == video.lora and plan.estimates.lora_bytes == video.estimates.lora_bytes
+    assert "audio.loss_weight = 0: sound is context only, nothing is learnt from it" in plan.notes
+    assert "3 of 6 samples have a sound track; the others train without that context" in plan.notes
+    assert not any("drifts" in note for note in plan.notes)
+    assert not any("context" in note for note in (*video.notes, *ltx2_plan().notes))
+
+
+@pytest.mark.parametrize(
+    ("lora", "sounding"),
+    [  # four blocks, each with four layers of self, text and video-to-audio attention
+        ('[lora]\nmodalities = "both"\n', 4 * (4 + 4 + 4)),
+        ('[lora]\ntargets = ["attention", "cross_modal"]\n', 4 * 4),
+        ('[lora]\ntargets = ["attention", "re:audio_to_video"]\n', 0),
+    ],
+)
+def test_layers_of_the_sound_that_only_the_video_moves_are_told(lora, sounding):
+    (told,) = [note for note in ltx2_plan(CONTEXT + lora).notes if "drifts" in note] or [""]
+    assert told.startswith(f"{sounding} of the LoRA's layers" if sounding else "")
+    assert bool(told) == bool(sounding)
+
+
+def test_a_rope_that_the_weights_do_not_read_is_told():
+    local = LTX2.replace('"tiny/ltx2"', '"./weights"\nrope = "causal"')
+    told = "this model counts time in one way only and reads none of: model.rope"
+    assert told in plan_for(local, spec=TINY["tiny/ltx2"]).notes
+    assert told not in plan_for(local).notes
+    assert told not in plan_for(local.replace("causal", "auto"), spec=TINY["tiny/ltx2"]).notes
+
+
+@pytest.mark.parametrize(
+    ("base", "stg", "value", "origin"),
+    [("tiny/ltx2", 1.0, 0, "weights"), ("tiny/ltx2", 0.0, 0, "recipe"), ("tiny/ltx2.3", 0.5, 0.5, "recipe")],
+)
+def test_who_decided_stg_is_told(base, stg, value, origin):
+    plan = ltx2_plan(f"[validation]\nstg = {stg}\n{PROMPT}", spec=TINY[base])
+    assert plan.validation.prompts[0].stg == value
+    assert plan.origins["validation.stg"] == origin
+
+
+def test_epochs_that_were_said_decide_the_steps():
+    epochs = MINIMAL.replace("steps = 1000", "epochs = 2")
+    assert plan_for(epochs).origins["run.steps"] == plan_for().origins["run.steps"] == "recipe"
+    assert plan_for(epochs, overridden=frozenset({"run.epochs"})).origins["run.steps"] == "--set"
 
 
 def test_a_window_behind_the_sound_s_end_counts_as_one_without():

@@ -63,6 +63,8 @@ def _rope_of_version(recipe: Recipe) -> Iterator[Fault]:
     spec, rope, key = spec_named(recipe.model), recipe.model.rope, key_of("model.rope")
     if rope == "plain" and family_named(recipe.model) == "ltx-2":
         yield Fault(key, 'rope = "plain" is refused: LTX-2 counts time in one way only', "leave it out")
+    elif rope == "causal" and family_named(recipe.model) == "ltx-2":
+        yield warning(key, 'rope = "causal" means nothing here: LTX-2 counts time in one way only', "leave it out")
     elif spec and rope not in ("auto", spec.rope):
         what = f'rope = "{rope}": LTX-Video {spec.version} was trained with "{spec.rope}"'
         yield warning(key, what, '"auto" follows the weights')
@@ -129,6 +131,15 @@ def _something_is_learnt(recipe: Recipe) -> Iterator[Fault]:
         what = "loss_weight = 0 with sound alone leaves nothing to learn from"
         hint = 'above 0, or modalities = "both"'
         yield Fault(key_of("audio.loss_weight"), what, hint, other=key_of("training.modalities"))
+
+
+@rule("model.base", "model.version", "training.modalities", "lora.modalities", "audio.loss_weight")
+def _sound_s_layers_learn_from_sound(recipe: Recipe) -> Iterator[Fault]:
+    joint = recipe.training.modalities in (None, "both") and not _is_silent(recipe)
+    if joint and recipe.lora.modalities == "audio" and recipe.audio.loss_weight == 0:
+        what = 'modalities = "audio" with loss_weight = 0: nothing of the LoRA would learn from sound'
+        hint = "leave it out, or set loss_weight above 0"
+        yield Fault(key_of("lora.modalities"), what, hint, other=key_of("audio.loss_weight"))
 
 
 @rule("training.modalities", "conditioning.first_frame")

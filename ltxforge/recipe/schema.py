@@ -222,7 +222,8 @@ class Audio(_Section):
     )
     loss_weight: Annotated[float, Field(ge=0, le=1000)] = Field(
         1.0,
-        description="The sound's share in what is minimised; 0 keeps it as context and learns from the video alone.",
+        description="The sound's share in what is minimised; 0 keeps it as context: the LoRA then covers the video's"
+        " layers and learns from the video alone.",
     )
 
 
@@ -264,7 +265,9 @@ class Lora(_Section):
         )
     )
     modalities: Literal["video", "audio", "both"] | None = Field(
-        None, description="Whose layers the presets mean; within training.modalities, which is the default."
+        None,
+        description="Whose layers the presets mean; within training.modalities, which is the default, but video where"
+        " audio.loss_weight is 0.",
     )
     init_from: Source | None = Field(
         None, description="A LoRA file to go on training: A and B start from it, instead of random A and B = 0."

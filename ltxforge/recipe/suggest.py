@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+# What others call a word of ours that looks otherwise.
+SYNONYMS = {
+    **dict.fromkeys(("joint", "av", "all", "audio+video", "video+audio", "audio_video", "video_audio"), "both"),
+    "sound": "audio",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+}
+
 
 def distance(left: str, right: str) -> int:
     """Edit distance that counts a swap of neighbours as one edit (optimal string alignment)."""
@@ -23,9 +32,11 @@ def nearest(word: str, legal: Iterable[str]) -> str | None:
     """The legal word that `word` was probably meant to be, or None if nothing is near.
 
     Case and the choice between `-`, `_` and space cost nothing. A third of the word may be wrong, and one letter
-    always; ties go to the word that begins alike.
+    always; ties go to the word that begins alike. What others call a legal word is known too.
     """
-    plain = _plain(word)[:80]
+    legal, plain = list(legal), _plain(word)[:80]
+    if (meant := SYNONYMS.get(plain)) in legal:
+        return meant
     best: tuple[int, int, str] | None = None
     for candidate in legal:
         target = _plain(candidate)

@@ -118,7 +118,8 @@ def test_another_recipe_or_other_data_is_refused_by_name(change, fields, finishe
     ("change", "fields"),
     [
         ("audio.sigma=shared", {"audio.sigma"}),
-        ("audio.loss_weight=0", {"audio.loss_weight"}),
+        ("audio.loss_weight=0.5", {"audio.loss_weight"}),
+        ("audio.loss_weight=0", {"audio.loss_weight", "lora.modalities"}),  # context only: its layers stay out
         ("training.modalities=video", WITHOUT_SOUND),
         ("lora.modalities=video", {"lora.modalities"}),
         ("cache.text_cache=features", {"cache.text"}),
