@@ -1,8 +1,9 @@
 """The loss curve of a run as an SVG, drawn by hand from events.jsonl.
 
 Decides scales, ticks and smoothing, and says the smoothing in the picture. Every step is drawn as it was logged, the
-last attempt's where steps were repeated; the sound's loss has lines of its own, named in a legend. Colours hold on
-light and dark pages. Torch-free, needs no plotting package.
+last attempt's where steps were repeated; the sound's loss has lines of its own. A picture with sound names its lines in
+a legend above the curves, each with its own numbers. Colours hold on light and dark pages. Torch-free, needs no
+plotting package.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ XMLNS = "http://www.w3.org/2000/svg"
 WIDTH, HEIGHT = 960, 520
 LEFT, RIGHT, TOP = 72, 36, 64
 LOSS_HEIGHT, RATE_HEIGHT, BETWEEN = 300, 70, 34
+LEGEND_ROW = 20
 MOST_POINTS = 2 * (WIDTH - LEFT - RIGHT)  # more would fall on the same pixels
 
 STYLE = """
@@ -36,6 +38,34 @@ STYLE = """
  .rate { fill: none; stroke: #d08a2e; stroke-width: 1.8; }
  .resume { stroke: #b05fb8; stroke-dasharray: 4 4; }
 """
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The losses of one modality by step.
+
+    Args:
+        colour: what its lines' classes end in: "" the video's, "-sound" the sound's.
+        window: steps in the mean of its thick line.
+    """
+
+    points: Sequence[tuple[int, float]]
+    window: int
+    colour: str = ""
+    name: str = ""
+
+    @property
+    def means(self) -> list[tuple[int, float]]:
+        """The thick line: (step, mean of `window` steps of its own around it)."""
+        means = centred_mean([value for _, value in self.points], self.window)
+        return [(step, mean) for (step, _), mean in zip(self.points, means, strict=True)]
+
+    def numbers(self) -> str:
+        """Where it stands: the last step's loss, the mean there, and the lowest mean."""
+        step, value = self.points[-1]
+        means = self.means
+        lowest_step, lowest = min(means, key=lambda point: point[1])
+        return f"step {step:,}: {loss(value)} · mean now {loss(means[-1][1])}, lowest {loss(lowest)} at {lowest_step:,}"
 
 
 @dataclass(frozen=True)
@@ -60,11 +90,12 @@ def draw(events_file: Path, path: Path) -> bool:
     points = [point for point in points if math.isfinite(point[1]) and math.isfinite(point[2])]
     if not points:
         return False
-    sound = [(step, _number(event.get("audio_loss"))) for step, event in steps.items() if not _is_sound_alone(event)]
+    alone = all(map(_is_sound_alone, steps.values()))
+    sound = [] if alone else [(step, _number(event.get("audio_loss"))) for step, event in steps.items()]
     sound = [point for point in sound if math.isfinite(point[1])]
     name = next((str(event["plan"].get("name", "")) for event in events if event["event"] == "PlanMade"), "")
     resumed = sorted({event["step"] for event in events if event["event"] == "Resumed"})
-    durable.write_file(path, loss_curve_svg(points, name, resumed, sound))
+    durable.write_file(path, loss_curve_svg(points, name, resumed, sound, alone))
     return True
 
 
@@ -78,19 +109,23 @@ def loss_curve_svg(
     name: str = "",
     resumed: Sequence[int] = (),
     sound: Sequence[tuple[int, float]] = (),
+    sound_alone: bool = False,
 ) -> str:
     """The picture of (step, loss, learning rate), in the order of the steps.
 
     Args:
         resumed: steps after which a later attempt went on; each gets a dashed line.
         sound: (step, the sound's loss beside the video's), of the steps that had sound.
+        sound_alone: whether the loss in `points` is the sound's itself.
     """
     steps, losses, rates = (list(column) for column in zip(*points, strict=True))
     window = smoothing_window(len(points))
-    smooth = centred_mean(losses, window)
+    curves = _curves(list(zip(steps, losses, strict=True)), sound, sound_alone, window)
+    rows = len(curves) if sound or sound_alone else 0
+    top = TOP + LEGEND_ROW * rows
     last = max(steps[-1], steps[0] + 1)
     x = Axis(min(steps[0], 1), last, LEFT, WIDTH - RIGHT)
-    y = Axis(*_range([*losses, *(value for _, value in sound)]), TOP + LOSS_HEIGHT, TOP)
+    y = Axis(*_range([*losses, *(value for _, value in sound)]), TOP + LOSS_HEIGHT, top)
     lower = TOP + LOSS_HEIGHT + BETWEEN
     rate = Axis(*_range([0.0, *rates]), lower + RATE_HEIGHT, lower)
     marks = [step for step in resumed if x.low <= step <= x.high]
@@ -101,42 +136,39 @@ def loss_curve_svg(
             f"<title>{escape(_title(name))}</title>",
             f"<style>{STYLE}</style>",
             _text(LEFT, 26, _title(name), "title"),
-            _text(LEFT, 46, _subtitle(steps, losses, smooth, window, marks)),
+            _text(LEFT, 46, _subtitle(window, marks, "" if rows else curves[0].numbers())),
+            *(part for row in range(rows) for part in _legend(row, curves[row])),
             *_grid(x, y, ticks(y.low, y.high, 8)),
             *_grid(x, rate, [0.0, max(rates)] if max(rates) > 0 else [0.0]),
             _text(LEFT, lower - 8, "learning rate"),
             *(_text(x.at(step), bottom + 22, f"{step:,}", anchor="middle") for step in step_ticks(x.low, x.high)),
             _text((LEFT + WIDTH - RIGHT) / 2, bottom + 44, "step", anchor="middle"),
-            *(_line(x.at(step), TOP, x.at(step), bottom, "resume") for step in marks),
-            _polyline("raw", _thinned(list(zip(steps, losses, strict=True))), x, y),
-            *_sound_lines(sound, window, x, y),
-            _polyline("smooth", _thinned(list(zip(steps, smooth, strict=True))), x, y),
-            *(_legend(len(sound), len(points)) if sound else ()),
+            *(_line(x.at(step), top, x.at(step), bottom, "resume") for step in marks),
+            *(_polyline(f"raw{curve.colour}", _thinned(list(curve.points)), x, y) for curve in curves),
+            *(_polyline(f"smooth{curve.colour}", _thinned(curve.means), x, y) for curve in reversed(curves)),
             _polyline("rate", _thinned(list(zip(steps, rates, strict=True))), x, rate),
             "</svg>\n",
         )
     )
 
 
-def _sound_lines(sound: Sequence[tuple[int, float]], window: int, x: Axis, y: Axis) -> list[str]:
-    """The sound's losses as logged, and their mean over `window` of its own steps, as many as of the video's."""
-    if not sound:
-        return []
-    smooth = centred_mean([value for _, value in sound], window)
-    means = [(step, mean) for (step, _), mean in zip(sound, smooth, strict=True)]
+def _curves(
+    points: Sequence[tuple[int, float]], sound: Sequence[tuple[int, float]], sound_alone: bool, window: int
+) -> list[Curve]:  # fmt: skip
+    """What is drawn, the video first; the sound's mean is over as many of its own steps."""
+    if sound_alone:
+        return [Curve(points, window, "-sound", "sound")]
+    beside = [Curve(sound, window, "-sound", _sound_name(len(sound), len(points)))] if sound else []
+    return [Curve(points, window, name="video"), *beside]
+
+
+def _legend(row: int, curve: Curve) -> list[str]:
+    """Which line is which, and its numbers, in a band of its own above the curves."""
+    height = TOP + 4 + LEGEND_ROW * row
     return [
-        _polyline("raw-sound", _thinned(list(sound)), x, y),
-        _polyline("smooth-sound", _thinned(means), x, y),
+        _line(LEFT, height - 4, LEFT + 26, height - 4, f"smooth{curve.colour}"),
+        _text(LEFT + 34, height, f"{curve.name} · {curve.numbers()}"),
     ]
-
-
-def _legend(with_sound: int, steps: int) -> list[str]:
-    """Which line is which, in the upper right corner."""
-    parts, right = [], WIDTH - RIGHT
-    for row, (kind, text) in enumerate((("smooth", "video"), ("smooth-sound", _sound_name(with_sound, steps)))):
-        height = TOP + 14 + 18 * row
-        parts += [_line(right - 26, height - 4, right, height - 4, kind), _text(right - 34, height, text, anchor="end")]
-    return parts
 
 
 def _sound_name(with_sound: int, steps: int) -> str:
@@ -185,15 +217,8 @@ def _title(name: str) -> str:
     return f"Loss of {printable(name)}" if name else "Loss"
 
 
-def _subtitle(
-    steps: Sequence[int], losses: Sequence[float], smooth: Sequence[float], window: int, resumed: Sequence[int]
-) -> str:
-    lowest = min(range(len(smooth)), key=smooth.__getitem__)
-    parts = [
-        f"step {steps[-1]:,}: {loss(losses[-1])}",
-        f"thick line: mean of {window} steps around each, now {loss(smooth[-1])}",
-        f"lowest {loss(smooth[lowest])} at {steps[lowest]:,}",
-    ]
+def _subtitle(window: int, resumed: Sequence[int], numbers: str) -> str:
+    parts = [*filter(None, [numbers]), f"thick line: mean of {window} steps around each"]
     if resumed:
         parts.append(f"{counted(len(resumed), 'resume')} (dashed)")
     return " · ".join(parts)
