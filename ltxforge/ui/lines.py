@@ -29,7 +29,7 @@ from ltxforge.ui.text import counted, duration, loss, size, time_left
 
 LABEL_WIDTH = 11
 UNITS = {
-    "scan": "clip", "prompts": "caption", "latents": "sample", "audio": "sample", "train": "step",
+    "scan": "clip", "prompts": "text", "latents": "sample", "audio": "sample", "train": "step",
     "validate": "denoising step",
 }  # fmt: skip
 

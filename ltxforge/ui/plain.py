@@ -7,6 +7,7 @@ work, but never longer than a minute without one, and always the last. Torch-fre
 from __future__ import annotations
 
 import io
+import os
 import time
 from collections.abc import Callable
 from typing import TextIO
@@ -21,7 +22,8 @@ from ltxforge.ui.verdicts import Verdicts, verdict_table
 FIRST = 3
 AT_LEAST_SECONDS = 5.0
 AT_MOST_SECONDS = 60.0
-WIDTH = 100
+WIDTH, LEAST_WIDTH = 100, 40
+"""Columns of a table where the environment's COLUMNS does not say them, and the fewest that one is made for."""
 
 
 class Plain:
@@ -62,7 +64,7 @@ class Plain:
     def show(self, renderable: RenderableType) -> None:
         """Write a table as plain text."""
         buffer = io.StringIO()
-        Console(file=buffer, width=WIDTH, color_system=None, force_terminal=False, highlight=False).print(renderable)
+        Console(file=buffer, width=_width(), color_system=None, force_terminal=False, highlight=False).print(renderable)
         for text in buffer.getvalue().splitlines():
             self._put(text.rstrip())
 
@@ -77,6 +79,11 @@ class Plain:
         encoding = getattr(self._stream, "encoding", None) or "ascii"
         self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         self._stream.flush()
+
+
+def _width() -> int:
+    said = os.environ.get("COLUMNS", "")
+    return max(LEAST_WIDTH, int(said)) if said.isdecimal() and int(said) else WIDTH
 
 
 class _Limit:

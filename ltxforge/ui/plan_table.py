@@ -207,7 +207,7 @@ def _lora_file(lora: LoraPlan) -> str:
 def _training(plan: Plan) -> list[Row]:
     training, origin = plan.training, plan.origins.get
     whole = f"up to {counted(training.batch_size * training.accumulate, 'sample')} a step"
-    epochs = f", {plan.steps / plan.steps_per_epoch:.3g} epochs" if plan.steps_per_epoch else ""
+    epochs = f", {_epochs(plan.steps / plan.steps_per_epoch)}" if plan.steps_per_epoch else ""
     return [
         ("modalities", _modalities(training.modalities), origin("training.modalities", "")),
         ("steps", f"{plan.steps:,}{epochs}", origin("run.steps", "")),
@@ -218,6 +218,11 @@ def _training(plan: Plan) -> list[Row]:
         ("checkpointing", _every(plan.memory.checkpointing, "block"), origin("memory.checkpointing", "")),
         ("resume", plan.resume, origin("run.resume", "")),
     ]
+
+
+def _epochs(count: float) -> str:
+    rounded = f"{count:.3g}"
+    return f"{rounded} epoch" if rounded == "1" else f"{rounded} epochs"
 
 
 def _modalities(modalities: str) -> str:
@@ -271,7 +276,7 @@ def _sound_noise(plan: Plan) -> list[Row]:
         return []
     words = {"independent": "independent: a draw of its own", "shared": "shared with the video"}
     sigma = words.get(plan.audio.sigma, plan.audio.sigma)
-    weight = f"{number(plan.audio.loss_weight)} beside the video's 1"
+    weight = f"{number(plan.audio.loss_weight)} beside the video's 1" if plan.audio.loss_weight else "0: context only"
     if plan.training.modalities == "audio":
         sigma, weight = "", number(plan.audio.loss_weight)
     return [

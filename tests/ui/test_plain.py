@@ -5,6 +5,7 @@ import itertools
 import re
 
 import pytest
+from rich.text import Text
 
 from ltxforge.events import (
     CheckpointSaved,
@@ -138,6 +139,24 @@ def test_verdicts_come_after_the_scan_and_before_the_last_line():
     text = stream.getvalue()
     assert text.count("2 clips: 1 ok (3 samples), 1 rejected") == 2
     assert text.splitlines()[-1].startswith("finished")
+
+
+@pytest.mark.parametrize(
+    ("columns", "width"), [(None, 100), ("", 100), ("0", 100), ("wide", 100), ("-5", 100), ("160", 160), ("7", 40)]
+)
+def test_tables_are_as_wide_as_the_environment_says(columns, width, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    stream = io.StringIO()
+    Plain(stream).show(Text("a " * 400))
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) == width - 1  # the space at the end is left out
+
+
+@pytest.mark.parametrize(("phase", "told"), [("prompts", "11 texts"), ("latents", "11 samples")])
+def test_a_phase_counts_what_it_works_on(phase, told):
+    assert line(PhaseStarted(phase, 11)) == (phase, told)
 
 
 def test_a_quick_phase_has_a_beginning_and_an_end_and_a_slow_one_shows_life():

@@ -135,6 +135,18 @@ def test_a_joint_plan_tells_all_about_sound(plan_maker):
     assert "LTX2ImageToVideoPipeline" not in text
 
 
+def test_sound_without_weight_is_said_to_be_context(plan_maker):
+    plan = ltx2(plan_maker)
+    text = told(dataclasses.replace(plan, audio=dataclasses.replace(plan.audio, loss_weight=0.0)))
+    assert "sound's weight 0: context only" in text
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(53, "1 epoch "), (106, "2 epochs "), (27, "0.509 epochs ")])
+def test_one_epoch_is_one(plan_maker, steps, epochs):
+    text = told(dataclasses.replace(plan_maker(), steps=steps, steps_per_epoch=53.0))
+    assert f"steps {steps}, {epochs}" in text
+
+
 def test_what_a_caption_weighs_either_way_is_told(plan_maker):
     text = told(ltx2(plan_maker))
     assert "a caption 15.7 MB in the cache: what the connectors make of it" in text
