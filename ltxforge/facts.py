@@ -164,12 +164,12 @@ def _require_images(recipe: Recipe, library: list[PromptEntry], missing: list[Lt
         path = Path(entry.image).expanduser()
         try:
             if not path.is_file():
-                raise DecodeError("it does not exist")
+                raise DecodeError("it is a folder" if path.is_dir() else "it does not exist")
             read_image(path, (32, 32))
         except DecodeError as error:
             missing.append(
                 PlanError(
                     f"the image of validation prompt {entry.name!r} cannot be used: {error}", where=str(path),
-                    remedy="Paths are relative to the folder where ltxforge is started.",
+                    remedy="" if path.exists() else "Paths are relative to the folder where ltxforge is started.",
                 )
             )  # fmt: skip

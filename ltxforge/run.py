@@ -80,15 +80,21 @@ def plan_only(parsed: Parsed, out: Path | None, screen: Screen) -> None:
         if saved is not None:
             home.require_same_run(saved, plan)
             refuse_if_never(parsed, where)
-            done = home.last_step()
-            emit(Note(f"this run is at step {done}; `run` continues it{_time_left(home, plan.steps - done)}"))
+            emit(Note(_where_it_stands(home, plan.steps)))
+
+
+def _where_it_stands(home: RunDirectory, steps: int) -> str:
+    done = home.last_step()
+    if done == steps:
+        return f"this run is finished at step {done}; raise run.steps to go on"
+    return f"this run is at step {done}; `run` continues it{_time_left(home, steps - done)}"
 
 
 def _time_left(home: RunDirectory, steps: int) -> str:
     """How long the remaining steps take at the pace of those that the run has made."""
     timed = [event.get("seconds", {}).get("step") for event in last_per_step(read_events(home.events)).values()]
     seconds = [second for second in timed if isinstance(second, float)]
-    if not steps or not seconds:
+    if not seconds:
         return ""
     pace = statistics.median(seconds)
     return f": {steps} steps at {pace:.2f} s as until now take {duration(steps * pace)}, saving and samples apart"

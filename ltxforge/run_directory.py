@@ -11,6 +11,7 @@ Decides nothing about training. A directory with a run in it is continued or ref
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +132,11 @@ class RunDirectory:
     def save_plan(self, plan: Plan, recipe_text: str, overrides: Sequence[str]) -> None:
         """Write the plan, and the recipe with a note of what --set changed in it."""
         write_json(self.path / "plan.json", to_json(plan))
-        noted = "".join(f"# --set {printable(override)}\n" for override in overrides)
-        note = f"\n# Started with these overrides, which win over what stands above:\n{noted}" if noted else ""
+        note = ""
+        if overrides:
+            flags = printable(" ".join(f"--set {shlex.quote(override)}" for override in overrides))
+            told = "Started with overrides, which win over what stands above. To use this file, add them:"
+            note = f"\n# {told}\n# {flags}\n"
         write_file(self.path / "recipe.toml", recipe_text + note)
 
     def compare_data(self, data: dict[str, Any]) -> DataChanges:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import torch
 from diffusers import LTXConditionPipeline
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ltxforge import hardware, run, session
@@ -301,10 +303,56 @@ def test_a_false_start_leaves_nothing_to_the_next_run(here, monkeypatch):
 
 
 def test_overrides_are_kept_with_the_recipe(here):
-    start(ROOT / "recipes/quickstart.toml", *SMALL, "validation.every=0")
-    kept = (here / "runs/quickstart/recipe.toml").read_text(encoding="utf-8")
-    assert "# --set run.steps=3\n" in kept
+    overrides = [*SMALL, "validation.every=0", 'lora.targets=["to_q", "to_k"]', "validation.negative_prompt=it's dull"]
+    start(ROOT / "recipes/quickstart.toml", *overrides)
+    kept = here / "runs/quickstart/recipe.toml"
+    told, flags = kept.read_text(encoding="utf-8").splitlines()[-2:]
+    assert told.startswith("# Started with overrides")
+    words = shlex.split(flags.removeprefix("# "))
+    assert words[::2] == ["--set"] * len(overrides) and words[1::2] == overrides
+    assert load(kept, words[1::2]).recipe == load(ROOT / "recipes/quickstart.toml", overrides).recipe
     assert plan_of(here / "runs/quickstart").origins["run.steps"] == "--set"
+
+
+def plan_text(*overrides: str) -> str:
+    screen = io.StringIO()
+    run.plan_only(load(ROOT / "recipes/quickstart.toml", overrides), None, screen_for(screen, plain=True))
+    return screen.getvalue()
+
+
+def test_a_plan_tells_where_the_run_stands(here):
+    settings = [*SMALL, "validation.every=0", "optimizer.schedule=constant"]
+    assert "this run is" not in plan_text(*settings)
+    start(ROOT / "recipes/quickstart.toml", *settings)
+    told = plan_text(*settings)
+    assert "this run is finished at step 3; raise run.steps to go on" in told and "continues it" not in told
+    told = plan_text(*settings, "run.steps=5")
+    assert "this run is at step 3; `run` continues it: 2 steps at" in told and "finished" not in told
+
+
+@pytest.mark.parametrize(
+    ("image", "why", "is_elsewhere"),
+    [("clips", "it is a folder", False), ("none.png", "it does not exist", True), ("a.png", "not an image", False)],
+)
+def test_an_image_that_is_none_is_told_by_what_it_is(image, why, is_elsewhere, here, clips):
+    (here / "a.png").write_text("no picture", encoding="utf-8")
+    prompt = ["validation.prompt=", "validation.prompt.0.name=a", "validation.prompt.0.prompt=b"]
+    with pytest.raises(PlanError) as refused:
+        plan_text(*SMALL, *prompt, f"validation.prompt.0.image={image}")
+    assert why in str(refused.value)
+    assert ("Paths are relative" in str(refused.value)) == is_elsewhere
+
+
+@pytest.mark.parametrize(
+    ("weight", "told"),
+    [(1, " of 3 steps trained sound\n"), (0, " of 3 steps had sound, as context only: audio.loss_weight is 0\n")],
+)
+def test_what_the_steps_did_with_sound_is_told_at_the_end(weight, told, here, clips):
+    settings = ["model.base=tiny/ltx2", f"dataset.0.path={clips}", "validation=", f"audio.loss_weight={weight}"]
+    shown = start(ROOT / "recipes/ltx2-lora.toml", *SMALL, "conditioning.prompt_tokens=128", *settings)
+    assert told in shown
+    with safe_open(here / "runs/ltx2-lora/lora.safetensors", "pt") as file:
+        assert any("audio" in key for key in file.keys()) == bool(weight)  # noqa: SIM118
 
 
 def test_several_processes_are_refused(here, monkeypatch):

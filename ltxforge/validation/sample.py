@@ -55,8 +55,9 @@ def validate(
         if stop.requested:
             break
 
-        def advance(finished: int, before: int = done, name: str = prompt.name) -> None:
-            emit(PhaseAdvanced(PHASE, before + finished, name))
+        def advance(finished: int, before: int = done, prompt: PromptPlan = prompt) -> None:
+            decoding = ", decoding" if finished == prompt.steps else ""  # which takes a while, and tells nothing
+            emit(PhaseAdvanced(PHASE, before + finished, prompt.name + decoding))
 
         try:
             ready.append(_sample_to_files(plan, model, prompt, prompts, step, folder, advance, stop))

@@ -206,7 +206,9 @@ def test_files_events_and_an_undisturbed_training(run, tmp_path):
         assert sheet.width >= 520
 
     assert isinstance(events[0], PhaseStarted) and events[0].total == 6 and isinstance(events[-1], PhaseEnded)
-    assert [event.done for event in events if isinstance(event, PhaseAdvanced)] == [1, 2, 3, 4, 5, 6]
+    advanced = [(event.done, event.detail) for event in events if isinstance(event, PhaseAdvanced)]
+    of_each = [(1, "ball"), (2, "ball"), (3, "ball, decoding"), (4, "second"), (5, "second"), (6, "second, decoding")]
+    assert advanced == of_each
 
 
 def test_a_stop_between_denoising_steps_keeps_what_was_finished(run, tmp_path):
