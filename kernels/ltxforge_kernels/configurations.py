@@ -67,6 +67,17 @@ TABLE = (
     Row("flow_matching.finish", Configuration({"PARTS": 16}), arch=INTERPRETER),
     Row("flow_matching.gradient", Configuration({"TOKENS": 8})),
     Row("flow_matching.gradient", Configuration({"TOKENS": 64}), arch=INTERPRETER),
+    # One program a row: 16 numbers a thread at the transformers' widths, 32 where the row is wider.
+    Row("adaln_rms_norm.forward", Configuration({}, num_warps=4)),
+    Row("adaln_rms_norm.forward", Configuration({}, num_warps=8), width=4096),
+    Row("adaln_rms_norm.forward", Configuration({}, num_warps=16), width=8192),
+    Row("adaln_rms_norm.forward", Configuration({}, num_warps=16), width=16384),
+    Row("adaln_rms_norm.backward", Configuration({}, num_warps=4)),
+    Row("adaln_rms_norm.backward", Configuration({}, num_warps=8), width=4096),
+    Row("adaln_rms_norm.backward", Configuration({}, num_warps=16), width=8192),
+    Row("adaln_rms_norm.backward", Configuration({}, num_warps=16), width=16384),
+    Row("adaln_rms_norm.table", Configuration({"ROWS": 32, "COLUMNS": 64})),
+    Row("adaln_rms_norm.table", Configuration({"ROWS": 8, "COLUMNS": 1024}), arch=INTERPRETER),
     # 64 lanes a warp: twice the tokens, so that a lane still stores 16 bytes of bf16.
     Row("flow_matching.noise", Configuration({"TOKENS": 16}), arch="gfx942"),
     Row("flow_matching.residual", Configuration({"TOKENS": 16}), arch="gfx942"),

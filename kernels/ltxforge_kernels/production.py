@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ltxforge_kernels.cases import LATENTS, Filler
+from ltxforge_kernels.adaln_rms_norm import launch as adaln_rms_norm
+from ltxforge_kernels.adaln_rms_norm.inputs import inputs as adaln_rms_norm_inputs
+from ltxforge_kernels.cases import HIDDEN, LATENTS, Filler
 from ltxforge_kernels.flow_matching import launch as flow_matching
 from ltxforge_kernels.flow_matching.inputs import inputs as flow_matching_inputs
 
@@ -36,4 +38,16 @@ def flow_matching_step(dtype: torch.dtype) -> None:
     flow_matching.launch_gradient(residual, scale, torch.ones_like(loss), dtype)
 
 
-LAUNCHES = (Launch("flow_matching", flow_matching_step),)
+def adaln_rms_norm_step(dtype: torch.dtype) -> None:
+    """Forward and both gradients at each width, with distinct timesteps and with one per sample."""
+    for width in sorted({shape.width for shape in HIDDEN}):
+        shape = next(shape for shape in HIDDEN if shape.width == width)
+        for distinct in (2, None):
+            given = adaln_rms_norm_inputs(shape, Filler("meta"), dtype, distinct=distinct)
+            _, reciprocal = adaln_rms_norm.launch_forward(given.hidden, given.table, given.index, 0, 1, 1e-6)
+            kept = (given.upstream, given.hidden, given.table, given.index, reciprocal)
+            adaln_rms_norm.launch_backward(*kept, 1)
+            adaln_rms_norm.launch_table_gradient(*kept, 0, 1)
+
+
+LAUNCHES = (Launch("flow_matching", flow_matching_step), Launch("adaln_rms_norm", adaln_rms_norm_step))

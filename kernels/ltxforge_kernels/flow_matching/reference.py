@@ -1,12 +1,11 @@
-"""Noising and the masked velocity loss in plain PyTorch: the definition, in float32 whatever comes in.
-
-Float64 inputs stay float64, so that the same lines are the truth in tests.
-"""
+"""Noising and the masked velocity loss in plain PyTorch: the definition, in float32 whatever comes in."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ltxforge_kernels.precision import at_least_float32
 
 
 def noise(latents: Tensor, draws: Tensor, sigma: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -22,8 +21,3 @@ def velocity_loss(prediction: Tensor, latents: Tensor, draws: Tensor, weight: Te
     squared = (at_least_float32(prediction) - velocity).square().mean(dim=-1)
     weight = at_least_float32(weight)
     return (squared * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor itself if it is float64, else in float32."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
