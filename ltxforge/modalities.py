@@ -21,6 +21,10 @@ class Streams(Generic[Each]):
     video: Each | None = None
     audio: Each | None = None
 
+    def __getitem__(self, name: str) -> Each | None:
+        """That of "video" or "audio"."""
+        return {"video": self.video, "audio": self.audio}[name]
+
     def items(self) -> list[tuple[str, Each]]:
         """("video", …) and ("audio", …), as far as they take part, in this order."""
         both = (("video", self.video), ("audio", self.audio))

@@ -123,7 +123,7 @@ def accumulate(plan: Plan, model: VideoModel, data: StepData, step: int, stop: S
     Every sample weighs 1 / (samples of its modality in the whole step), so the gradient does not depend on how the step
     is cut up, nor on how many of its samples have sound.
     """
-    counts = dict(data.count_at(step).items())
+    counts = data.count_at(step)
     weights = {"video": 1.0, "audio": plan.audio.loss_weight if plan.audio else 0.0}
     found: dict[str, list[Losses]] = {}
     seconds = dict.fromkeys(("data", "forward", "backward"), 0.0)
@@ -159,17 +159,15 @@ def forward(plan: Plan, model: VideoModel, batch: Batch, step: int, micro: int) 
     prompts = model.batch_prompts(batch.prompts, plan.conditioning.prompt_tokens, plan.training.modalities)
     present = Streams(audio=batch.present)
     inputs = {
-        name: NoisyTokens(
-            each.tokens.to(model.dtype), each.timesteps, each.sample_timesteps, dict(present.items()).get(name)
-        )
+        name: NoisyTokens(each.tokens.to(model.dtype), each.timesteps, each.sample_timesteps, present[name])
         for name, each in drawn.items()
     }
     torch.manual_seed(address(plan.seed, "model", step, micro))  # for draws inside the model: dropout
-    predicted = dict(model.predict(Noisy(Streams(**inputs), batch.shape, batch.fps), prompts).items())
+    predicted = model.predict(Noisy(Streams(**inputs), batch.shape, batch.fps), prompts)
     losses = {}
     for name, each in drawn.items():
         by_sample = flow_matching.loss_by_sample(predicted[name], each)
-        losses[name] = of_those_present(by_sample, each.sigma, batch.present if name == "audio" else None)
+        losses[name] = of_those_present(by_sample, each.sigma, present[name])
     return Streams(**losses)
 
 

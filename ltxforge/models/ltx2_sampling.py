@@ -30,7 +30,7 @@ from ltxforge.modalities import Streams
 from ltxforge.models.interface import PromptBatch, Sample, to_tokens
 from ltxforge.models.ltx2_parts import LTX2Parts, Make
 from ltxforge.models.parts import release_memory, whole_float32
-from ltxforge.models.sampling import pictures, require_finite
+from ltxforge.models.sampling import pictures, plain_arguments, require_finite
 from ltxforge.models.vae import statistics
 from ltxforge.plan import PromptPlan
 from ltxforge.shapes import ClipShape
@@ -223,12 +223,7 @@ def call_arguments(
     """
     sampling = spec.sampling
     call: dict[str, Any] = {
-        "width": prompt.shape.width,
-        "height": prompt.shape.height,
-        "num_frames": prompt.shape.frames,
-        "frame_rate": prompt.fps,
-        "num_inference_steps": prompt.steps,
-        "guidance_scale": prompt.guidance,
+        **plain_arguments(prompt),
         "audio_guidance_scale": prompt.audio_guidance,
         "stg_scale": prompt.stg,
         "audio_stg_scale": prompt.stg,

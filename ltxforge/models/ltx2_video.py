@@ -16,7 +16,6 @@ import torch
 from diffusers import (
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
-    LTX2VideoTransformer3DModel,
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from PIL import Image
@@ -26,6 +25,7 @@ from ltxforge.hardware import free_host_bytes
 from ltxforge.modalities import MODALITIES, Streams, has
 from ltxforge.models import ltx2_text
 from ltxforge.models.audio_features import latent_length, log_mel, mel_frames
+from ltxforge.models.base_model import BaseModel
 from ltxforge.models.blocks import Rope
 from ltxforge.models.interface import (
     Latents,
@@ -52,7 +52,7 @@ ROPE_TABLES_KEPT_BYTES = 512 * 2**20
 HOST_SHARE_HELD, LEAST_HELD_BYTES = 0.25, 2 * 2**30
 
 
-class LTX2Video:
+class LTX2Video(BaseModel):
     """An LTX-2 base model; see `interface.VideoModel` for what each method promises.
 
     `dtype` is the transformer's. The encoders' dtypes are float32 on a CPU and bfloat16 elsewhere unless given; audio
@@ -74,50 +74,34 @@ class LTX2Video:
         text_dtype: torch.dtype | None = None,
     ) -> None:
         assert text_cache in ("connectors", "features"), text_cache
-        usual = torch.float32 if device.type == "cpu" else torch.bfloat16
-        self.spec, self.rope, self.device, self.dtype = spec, rope, device, dtype
-        self.modalities, self.text_cache = modalities, text_cache
-        self.vae_dtype, self.text_dtype = vae_dtype or usual, text_dtype or usual
+        super().__init__(spec, rope, parts, device, dtype, modalities, vae_dtype, text_dtype)
+        self.text_cache = text_cache
         self._parts = parts
         self._mel = parts.mel()
         self._encoder: Any = None  # the one part beside the transformer that is on the device
-        self._transformer: LTX2VideoTransformer3DModel | None = None
         self._connectors: LTX2TextConnectors | None = None
-        self._checkpoint_every = 0
         self._rope_tables: dict[Any, tuple[Rope, Rope]] = {}
-
-    @property
-    def transformer(self) -> LTX2VideoTransformer3DModel:
-        assert self._transformer is not None, "the transformer is not loaded: call load_transformer()"
-        return self._transformer
 
     def load_transformer(self) -> None:
         if self._transformer is None:
-            transformer = self._parts.transformer(self.device, self.dtype)
-            self._transformer = transformer.requires_grad_(False).eval()
+            super().load_transformer()
             self._leave_unused("cpu")
 
     def _leave_unused(self, device: torch.device | str) -> None:
         """What a run on one modality never computes lies on the host; samples, which are joint, need it back."""
-        if self.device.type == "meta":  # shapes alone: there is nothing to move
+        unused = unused_modules(self.transformer, self.modalities)
+        if not unused or self.device.type == "meta":  # meta tensors are shapes alone: there is nothing to move
             return
-        for module in unused_modules(self.transformer, self.modalities):
+        for module in unused:
             nn.Module.to(module, device)
         release_memory(self.device)
 
-    def blocks(self) -> Sequence[nn.Module]:
-        return self.transformer.transformer_blocks
-
-    def set_checkpointing(self, every: int) -> None:
-        assert every >= 0
-        self._checkpoint_every = every
-
     def predict(self, noisy: Noisy, prompts: PromptBatch) -> Streams[Tensor]:
-        given = [
-            (name, self._stream(name, tokens, dict(prompts.embeds.items())[name], prompts.mask, noisy))
+        given = {
+            name: self._stream(name, tokens, prompts.embeds[name], prompts.mask, noisy)
             for name, tokens in noisy.streams.items()
-        ]
-        return transformer_forward(self.transformer, Streams(**dict(given)), self._checkpoint_every)
+        }
+        return transformer_forward(self.transformer, Streams(**given), self._checkpoint_every)
 
     def _stream(self, name: str, noisy: NoisyTokens, embeds: Tensor, mask: Tensor | None, clip: Noisy) -> Stream:
         assert has(self.modalities, name), f"{name} takes no part in a run on {self.modalities}"

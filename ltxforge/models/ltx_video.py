@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from ltxforge.modalities import Streams
 from ltxforge.models import ltx_video_sampling
+from ltxforge.models.base_model import BaseModel
 from ltxforge.models.blocks import (
     Modulation,
     Rope,
@@ -174,7 +175,7 @@ class Parts:
     scheduler: Callable[[], FlowMatchEulerDiscreteScheduler]
 
 
-class LTXVideo:
+class LTXVideo(BaseModel):
     """An LTX-Video base model; see `interface.VideoModel` for what each method promises.
 
     `dtype` is the transformer's. The encoders' dtypes are float32 on a CPU and bfloat16 elsewhere unless given.
@@ -191,32 +192,11 @@ class LTXVideo:
         vae_dtype: torch.dtype | None = None,
         text_dtype: torch.dtype | None = None,
     ) -> None:
-        usual = torch.float32 if device.type == "cpu" else torch.bfloat16
-        self.spec, self.rope, self.device, self.dtype, self.modalities = spec, rope, device, dtype, "video"
-        self.vae_dtype, self.text_dtype = vae_dtype or usual, text_dtype or usual
+        super().__init__(spec, rope, parts, device, dtype, "video", vae_dtype, text_dtype)
         self._parts = parts
-        self._transformer: LTXVideoTransformer3DModel | None = None
         self._vae: AutoencoderKLLTXVideo | None = None
         self._text_encoder: tuple[T5EncoderModel, PreTrainedTokenizerBase] | None = None
-        self._checkpoint_every = 0
         self._rope_tables: dict[tuple[LatentShape, float], Rope] = {}
-
-    @property
-    def transformer(self) -> LTXVideoTransformer3DModel:
-        assert self._transformer is not None, "the transformer is not loaded: call load_transformer()"
-        return self._transformer
-
-    def load_transformer(self) -> None:
-        if self._transformer is None:
-            transformer = self._parts.transformer(self.device, self.dtype)
-            self._transformer = transformer.requires_grad_(False).eval()
-
-    def blocks(self) -> Sequence[nn.Module]:
-        return self.transformer.transformer_blocks
-
-    def set_checkpointing(self, every: int) -> None:
-        assert every >= 0
-        self._checkpoint_every = every
 
     def predict(self, noisy: Noisy, prompts: PromptBatch) -> Streams[Tensor]:
         video = noisy.streams.video

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ltxforge.modalities import Streams
 from ltxforge.models.interface import PromptBatch, Sample
-from ltxforge.models.sampling import pictures, require_finite
+from ltxforge.models.sampling import pictures, plain_arguments, require_finite
 from ltxforge.plan import PromptPlan
 from ltxforge.specs import SamplingDefaults
 
@@ -95,12 +95,7 @@ def call_arguments(
     own_device = isinstance(pipeline, LTXImageToVideoPipeline)
     device = pipeline.transformer.device if own_device else torch.device("cpu")
     call: dict[str, Any] = {
-        "width": prompt.shape.width,
-        "height": prompt.shape.height,
-        "num_frames": prompt.shape.frames,
-        "frame_rate": prompt.fps,
-        "num_inference_steps": prompt.steps,
-        "guidance_scale": prompt.guidance,
+        **plain_arguments(prompt),
         "decode_timestep": sampling.decode_timestep,
         "decode_noise_scale": sampling.decode_noise_scale,
         "generator": torch.Generator(device).manual_seed(prompt.seed),

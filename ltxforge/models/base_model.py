@@ -1,0 +1,62 @@
+"""What the models of both families hold alike: their spec, where and in which dtypes they compute, the transformer.
+
+Decides the encoders' usual dtype. Knows no family: how parts are made, and what is computed with them, is theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ltxforge.specs import ModelSpec
+
+
+class HasTransformer(Protocol):
+    """A family's parts, as far as they are needed here."""
+
+    @property
+    def transformer(self) -> Callable[[torch.device, torch.dtype], Any]: ...
+
+
+class BaseModel:
+    """Base of `LTXVideo` and `LTX2Video`; see `interface.VideoModel` for what each method promises.
+
+    `dtype` is the transformer's. The encoders' dtypes are float32 on a CPU and bfloat16 elsewhere unless given.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        rope: str,
+        parts: HasTransformer,
+        device: torch.device,
+        dtype: torch.dtype,
+        modalities: str,
+        vae_dtype: torch.dtype | None,
+        text_dtype: torch.dtype | None,
+    ) -> None:
+        usual = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self.spec, self.rope, self.device, self.dtype, self.modalities = spec, rope, device, dtype, modalities
+        self.vae_dtype, self.text_dtype = vae_dtype or usual, text_dtype or usual
+        self._make_transformer = parts.transformer
+        self._transformer: Any = None
+        self._checkpoint_every = 0
+
+    @property
+    def transformer(self) -> Any:
+        assert self._transformer is not None, "the transformer is not loaded: call load_transformer()"
+        return self._transformer
+
+    def load_transformer(self) -> None:
+        if self._transformer is None:
+            self._transformer = self._make_transformer(self.device, self.dtype).requires_grad_(False).eval()
+
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.transformer.transformer_blocks
+
+    def set_checkpointing(self, every: int) -> None:
+        assert every >= 0
+        self._checkpoint_every = every
