@@ -1,16 +1,24 @@
 """Which implementation an op has on a machine, and why: triton, compile or eager.
 
-Pure: it decides from the facts that it is given, looks at nothing itself, and is called where a plan is made, never at
-import. Without torch, so that the plan's layer can use it.
+Pure: it decides from the facts that it is given and a committed table of measurements, looks at nothing itself, and is
+called where a plan is made, never at import. Without torch, so that the plan's layer can use it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ltxforge_kernels import profiles
+
 Implementation = Literal["triton", "compile", "eager"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+
+# In the order in which a sample meets them: encoding, the step's noise, the blocks.
+OPS = ("causal_conv3d", "flow_matching", "adaln_rms_norm", "gated_residual", "qk_norm_rope", "gelu", "lora_linear")
+# Of quantised base weights, which no recipe can ask for yet.
+QUANTISED_OPS = ("nf4", "int8", "fp8")
 
 # Ampere: the first with bf16 arithmetic and asynchronous copies, and the oldest that the compile-only tests cover.
 OLDEST_CUDA_ARCH = 80
@@ -35,39 +43,128 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class TokenRange:
+    """Tensors of `least` to `most` tokens (None: without end) and this width have another implementation.
+
+    Tokens are all rows of a tensor: T of each sample, times the samples of a micro-batch. `source` names the
+    measurement.
+    """
+
+    least: int
+    most: int | None
+    width: int
+    implementation: Implementation
+    source: str
+
+    def holds(self, tokens: int, width: int | None) -> bool:
+        """Whether a tensor is one of these; one of unknown width counts as one."""
+        return self.least <= tokens and (self.most is None or tokens <= self.most) and width in (None, self.width)
+
+
+@dataclass(frozen=True)
 class Choice:
-    """One op's implementation and the reason, as a plan prints them."""
+    """One op's implementation and the reason, as a plan prints them, and where another one was measured to be faster."""
 
     op: str
     implementation: Implementation
     reason: str
+    exceptions: tuple[TokenRange, ...] = ()
+
+    def of(self, tokens: int | None = None, width: int | None = None) -> Implementation:
+        """The implementation for a tensor; without `tokens` the exceptions count for nothing."""
+        if tokens is not None:
+            for exception in self.exceptions:
+                if exception.holds(tokens, width):
+                    return exception.implementation
+        return self.implementation
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The choices of a run, as forwards ask for them. An op that is not among them is eager."""
+
+    choices: tuple[Choice, ...] = ()
+
+    def of(self, op: str, tokens: int | None = None, width: int | None = None) -> Implementation:
+        """The implementation of an op, for a tensor of this many tokens (B·T) and this width where they are told.
+
+        Raises:
+            KeyError: there is no such op.
+        """
+        for choice in self.choices:
+            if choice.op == op:
+                return choice.of(tokens, width)
+        if op not in OPS and op not in QUANTISED_OPS:
+            raise KeyError(f"there is no op {op!r}, only {', '.join((*OPS, *QUANTISED_OPS))}")
+        return "eager"
+
+
+EAGER = Kernels()
+
+
+def everything(implementation: Implementation) -> Kernels:
+    """Every op the same way, asked for and not chosen: for tests and the bench."""
+    return Kernels(tuple(Choice(op, implementation, "asked for") for op in (*OPS, *QUANTISED_OPS)))
 
 
 class Unavailable(ValueError):
     """A recipe asks for an implementation that this machine cannot run; the message says what is missing."""
 
 
-def choose(op: str, machine: Machine, dtype: str, override: str | None = None) -> Choice:
+def choose(
+    op: str,
+    machine: Machine,
+    dtype: str,
+    override: str | None = None,
+    widths: Collection[int] | None = None,
+    measured: Iterable[profiles.Measured] = profiles.TABLE,
+) -> Choice:
     """The implementation of an op.
 
     Args:
         op: the op's folder name.
         dtype: "bf16", "fp16" or "fp32", what the op's largest tensors hold.
-        override: what the recipe asks for, if it does.
+        override: what the recipe asks for, if it does; it holds for every shape, whatever was measured.
+        widths: the tensors' widths that a run has; by default all that were measured.
 
     Raises:
         Unavailable: the override cannot run here, or is no implementation.
     """
     if override is not None and override not in IMPLEMENTATIONS:
         raise Unavailable(f"{op} has no implementation {override!r}, only {', '.join(IMPLEMENTATIONS)}")
-    obstacles = {"triton": why_no_triton(machine, dtype), "compile": why_no_compile(machine), "eager": None}
     if override is not None:
-        if obstacles[override]:
-            raise Unavailable(f"{op} cannot be {override} here: {obstacles[override]}")
+        if obstacle := why_not(override, machine, dtype):
+            raise Unavailable(f"{op} cannot be {override} here: {obstacle}")
         return Choice(op, override, "asked for in the recipe")
-    if obstacles["triton"]:
-        return Choice(op, "eager", obstacles["triton"])
-    return Choice(op, "triton", f"Triton {machine.triton} on {arch_name(machine)}")
+    if obstacle := why_not("triton", machine, dtype):
+        return Choice(op, "eager", obstacle)
+    rows = [
+        row for row in profiles.of_machine(op, machine.arch, dtype, measured) if widths is None or row.width in widths
+    ]
+    return _measured(op, f"Triton {machine.triton} on {arch_name(machine)}", rows, widths)
+
+
+def _measured(op: str, reason: str, rows: list[profiles.Measured], widths: Collection[int] | None) -> Choice:
+    """triton with the exceptions that were measured, or the one that is the fastest everywhere."""
+    winners = {row.implementation for row in rows}
+    all_widths_measured = {row.width for row in rows} >= set(widths or ())
+    if len(winners) == 1 and "triton" not in winners and all_widths_measured:
+        (winner,) = winners
+        return Choice(op, winner, f"the fastest at every size that was measured ({_sources(rows)})")
+    slower = [row for row in rows if row.implementation != "triton"]
+    exceptions = tuple(TokenRange(row.least, row.most, row.width, row.implementation, row.source) for row in slower)
+    return Choice(op, "triton", reason, exceptions)
+
+
+def _sources(rows: Iterable[profiles.Measured]) -> str:
+    return ", ".join(sorted({row.source for row in rows}))
+
+
+def why_not(implementation: str, machine: Machine, dtype: str) -> str | None:
+    """What stands against an implementation on this machine, or None."""
+    if implementation == "triton":
+        return why_no_triton(machine, dtype)
+    return why_no_compile(machine) if implementation == "compile" else None
 
 
 def why_no_triton(machine: Machine, dtype: str) -> str | None:
