@@ -6,8 +6,9 @@ called where a plan is made, never at import. Without torch, so that the plan's 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal, get_args
 
 from ltxforge_kernels import profiles
@@ -97,6 +98,11 @@ class Kernels:
         if op not in OPS and op not in QUANTISED_OPS:
             raise KeyError(f"there is no op {op!r}, only {', '.join((*OPS, *QUANTISED_OPS))}")
         return "eager"
+
+    def on(self, op: str, shape: Sequence[int]) -> Implementation:
+        """The implementation of an op for a tensor of this shape, [..., width]."""
+        *rows, width = shape
+        return self.of(op, prod(rows), width)
 
 
 EAGER = Kernels()
