@@ -13,9 +13,11 @@ import torch
 
 from ltxforge_kernels.adaln_rms_norm import launch as adaln_rms_norm
 from ltxforge_kernels.adaln_rms_norm.inputs import inputs as adaln_rms_norm_inputs
-from ltxforge_kernels.cases import HIDDEN, LATENTS, Filler
+from ltxforge_kernels.cases import FEED_FORWARD, HIDDEN, LATENTS, Filler
 from ltxforge_kernels.flow_matching import launch as flow_matching
 from ltxforge_kernels.flow_matching.inputs import inputs as flow_matching_inputs
+from ltxforge_kernels.gelu import launch as gelu
+from ltxforge_kernels.gelu.inputs import inputs as gelu_inputs
 
 
 @dataclass(frozen=True)
@@ -50,4 +52,16 @@ def adaln_rms_norm_step(dtype: torch.dtype) -> None:
             adaln_rms_norm.launch_table_gradient(*kept, 0, 1)
 
 
-LAUNCHES = (Launch("flow_matching", flow_matching_step), Launch("adaln_rms_norm", adaln_rms_norm_step))
+def gelu_step(dtype: torch.dtype) -> None:
+    """Forward and gradient, at each width of a feed-forward."""
+    for shape in FEED_FORWARD[:2]:
+        given = gelu_inputs(shape, Filler("meta"), dtype)
+        gelu.launch_forward(given.x)
+        gelu.launch_backward(given.upstream, given.x)
+
+
+LAUNCHES = (
+    Launch("flow_matching", flow_matching_step),
+    Launch("adaln_rms_norm", adaln_rms_norm_step),
+    Launch("gelu", gelu_step),
+)
