@@ -41,7 +41,7 @@ def flow_matching_step(dtype: torch.dtype) -> None:
 
 
 def adaln_rms_norm_step(dtype: torch.dtype) -> None:
-    """Forward and both gradients at each width, with distinct timesteps and with one per sample."""
+    """Forward and both gradients at each width: distinct timesteps, one per sample, and the norm alone."""
     for width in sorted({shape.width for shape in HIDDEN}):
         shape = next(shape for shape in HIDDEN if shape.width == width)
         for distinct in (2, None):
@@ -50,6 +50,8 @@ def adaln_rms_norm_step(dtype: torch.dtype) -> None:
             kept = (given.upstream, given.hidden, given.table, given.index, reciprocal)
             adaln_rms_norm.launch_backward(*kept, 1)
             adaln_rms_norm.launch_table_gradient(*kept, 0, 1)
+        adaln_rms_norm.launch_forward(given.hidden, None, None, None, None, 1e-6)
+        adaln_rms_norm.launch_backward(given.upstream, given.hidden, None, None, reciprocal, None)
 
 
 def gelu_step(dtype: torch.dtype) -> None:
