@@ -166,7 +166,7 @@ def ptx_widths(ptx: str, kind: str) -> list[int]:
     found = re.findall(rf"\b{kind}\.global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx)
     widths = [int(lanes or 1) * int(bits) // 8 for lanes, bits in found]
     if kind == "ld":
-        widths += [int(size) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^,]+, [^,]+, (\w+)", ptx)]
+        widths += [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^,]+, [^,]+, (\w+)", ptx)]
     return widths
 
 

@@ -20,6 +20,10 @@ from ltxforge_kernels.gated_residual import launch as gated_residual
 from ltxforge_kernels.gated_residual.inputs import inputs as gated_residual_inputs
 from ltxforge_kernels.gelu import launch as gelu
 from ltxforge_kernels.gelu.inputs import inputs as gelu_inputs
+from ltxforge_kernels.lora_linear import launch as lora_linear
+from ltxforge_kernels.lora_linear.inputs import Inputs as LoraInputs
+from ltxforge_kernels.lora_linear.inputs import LayerShape
+from ltxforge_kernels.lora_linear.inputs import inputs as lora_linear_inputs
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,43 @@ def gelu_step(dtype: torch.dtype) -> None:
         gelu.launch_backward(given.upstream, given.x)
 
 
+def lora_layer(given: LoraInputs) -> None:
+    """Forward and every gradient of one layer."""
+    stored = given.weight if given.augmented is None else given.augmented
+    settings = (given.scale, given.kept, given.keep, given.activation, given.augmented is not None)
+    _, branch = lora_linear.launch_linear(given.x, stored, given.bias, given.a, given.b, *settings)
+    kept = (given.upstream, given.x, stored, given.a, given.b, branch, *settings)
+    lora_linear.launch_linear_gradients(*kept, of_x=True)
+
+
+def lora_linear_step(dtype: torch.dtype) -> None:
+    """With all that a kernel can do in one, at every rank's bucket; the usual rank in either layout; a bare branch."""
+    fill = Filler("meta")
+    for rank in (4, 32, 64, 128, 256):
+        layer = LayerShape("", 6144, 4096, 4096, rank)
+        lora_layer(lora_linear_inputs(layer, fill, dtype, augmented=True, dropout=0.1, activation="gelu"))
+    layer = LayerShape("", 6144, 2048, 2048, 32)
+    lora_layer(lora_linear_inputs(layer, fill, dtype, augmented=True))
+    given = lora_linear_inputs(layer, fill, dtype)
+    lora_layer(given)
+    of = (given.x, given.a, given.b)
+    _, branch = lora_linear.launch_onto(given.x, given.upstream, *of[1:], given.scale, None, 1.0)
+    lora_linear.launch_onto_gradients(given.upstream, *of, branch, given.scale, None, 1.0, of_x=True)
+
+
+def lora_linear_few(dtype: torch.dtype) -> None:
+    """The usual rank and a wide one, for the dtypes that training seldom has."""
+    for rank in (32, 128):
+        layer = LayerShape("", 6144, 4096, 16384, rank)
+        lora_layer(lora_linear_inputs(layer, Filler("meta"), dtype, augmented=True, activation="gelu"))
+
+
 LAUNCHES = (
     Launch("flow_matching", flow_matching_step),
     Launch("adaln_rms_norm", adaln_rms_norm_step),
     Launch("gated_residual", gated_residual_step),
     Launch("gelu", gelu_step),
+    Launch("lora_linear", lora_linear_step, (torch.bfloat16,), dot=True),
+    Launch("lora_linear", lora_linear_few, (torch.float16,), dot=True),
+    Launch("lora_linear", lora_linear_few, (torch.float32,)),
 )
