@@ -121,6 +121,13 @@ TABLE = (
     Row("flow_matching.noise", Configuration({"TOKENS": 16}), arch="gfx942"),
     Row("flow_matching.residual", Configuration({"TOKENS": 16}), arch="gfx942"),
     Row("flow_matching.gradient", Configuration({"TOKENS": 16}), arch="gfx942"),
+    # 16 bytes of codes a thread, which are 32 elements.
+    Row("nf4.unpack", Configuration({"BYTES": 2048, "GATHER": 0})),
+    Row("nf4.unpack", Configuration({"BYTES": 65536, "GATHER": 0}), arch=INTERPRETER),
+    Row("nf4.pack", Configuration({"ELEMENTS": 1024})),
+    Row("nf4.pack", Configuration({"ELEMENTS": 65536}), arch=INTERPRETER),
+    Row("nf4.product", Configuration({"ROWS": 64, "TOKENS": 128, "DEPTH": 64}, 4, 3)),
+    Row("nf4.product", Configuration({"ROWS": 64, "TOKENS": 64, "DEPTH": 128}), arch=INTERPRETER),
 )
 
 

@@ -6,6 +6,7 @@ answer meta tensors with their fakes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ from ltxforge_kernels.lora_linear import launch as lora_linear
 from ltxforge_kernels.lora_linear.inputs import Inputs as LoraInputs
 from ltxforge_kernels.lora_linear.inputs import LayerShape
 from ltxforge_kernels.lora_linear.inputs import inputs as lora_linear_inputs
+from ltxforge_kernels.nf4 import launch as nf4
+from ltxforge_kernels.nf4.inputs import SOUND, WIDEST, empty_weight
+from ltxforge_kernels.nf4.inputs import inputs as nf4_inputs
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,20 @@ def lora_linear_few(dtype: torch.dtype) -> None:
         lora_layer(lora_linear_inputs(layer, Filler("meta"), dtype, augmented=True, activation="gelu"))
 
 
+def nf4_weights(dtype: torch.dtype) -> None:
+    """The widest weight packed, and unpacked plain and double-quantised, by either lookup."""
+    nf4.launch_pack(nf4_inputs(WIDEST, Filler("meta"), dtype).weight, 64)
+    for double, gather in itertools.product((False, True), repeat=2):
+        nf4.launch_unpack(empty_weight(WIDEST, "meta", dtype, double=double), dtype, gather=gather)
+
+
+def nf4_product(dtype: torch.dtype) -> None:
+    """Few tokens times a weight that is unpacked on the way."""
+    given = nf4_inputs(SOUND, Filler("meta"), dtype)
+    for double in (False, True):
+        nf4.launch_product(given.x, empty_weight(SOUND, "meta", dtype, double=double), given.bias)
+
+
 LAUNCHES = (
     Launch("flow_matching", flow_matching_step),
     Launch("adaln_rms_norm", adaln_rms_norm_step),
@@ -123,4 +141,6 @@ LAUNCHES = (
     Launch("lora_linear", lora_linear_step, (torch.bfloat16,), dot=True),
     Launch("lora_linear", lora_linear_few, (torch.float16,), dot=True),
     Launch("lora_linear", lora_linear_few, (torch.float32,)),
+    Launch("nf4 weights", nf4_weights),
+    Launch("nf4 product", nf4_product, (torch.bfloat16,), dot=True),
 )

@@ -18,8 +18,8 @@ QUICK = ("sm_86", "sm_90")
 OTHERS = ("sm_80", "sm_89", "sm_100", "sm_120", "gfx942")
 # Kernels that touch a few kilobytes, where the width of an access does not matter.
 SMALL = {"finish_kernel"}
-# Kernels that read much and write little: the loss without its gradient, and one row of a table per timestep.
-SUMS = {"residual_kernel", "table_kernel"}
+# Kernels that read much and write little: the loss without its gradient, one row of a table per timestep, codes.
+SUMS = {"residual_kernel", "table_kernel", "pack_kernel"}
 # (kernel, chip): why its spilled bytes are accepted.
 SPILLS: dict[tuple[str, str], str] = {}
 
