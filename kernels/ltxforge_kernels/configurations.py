@@ -117,6 +117,46 @@ TABLE = (
     # Small, so that tests reach more than one chunk and more than one pass of each loop.
     Row("lora_linear.forward", Configuration({"ROWS": 64, "COLUMNS": 1024}), arch=INTERPRETER),
     Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 1024, "CHUNK": 64}), arch=INTERPRETER),
+    # One program a row, as adaln_rms_norm's.
+    Row("int8.quantise", Configuration({}, num_warps=4)),
+    Row("int8.quantise", Configuration({}, num_warps=8), width=4096),
+    Row("int8.quantise", Configuration({}, num_warps=16), width=8192),
+    Row("int8.quantise", Configuration({}, num_warps=16), width=16384),
+    Row("int8.dequantise", Configuration({"ROWS": 16, "COLUMNS": 256})),
+    Row("int8.dequantise", Configuration({"ROWS": 64, "COLUMNS": 256}), arch=INTERPRETER),
+    Row("int8.forward", Configuration({"BM": 128, "BN": 128, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3)),
+    Row("int8.forward", Configuration({"BM": 64, "BN": 128, "BK": 128, "GROUP": 2}), arch=INTERPRETER),
+    Row(
+        "int8.forward",
+        Configuration({"BM": 128, "BN": 256, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3),
+        arch=90,
+    ),
+    Row(
+        "int8.forward",
+        Configuration({"BM": 128, "BN": 256, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3),
+        arch=100,
+    ),
+    # BK of 128 spills at rank 128: the weight lies the wrong way round and passes through registers.
+    Row("int8.backward", Configuration({"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=4)),
+    Row("int8.backward", Configuration({"BM": 64, "BN": 128, "BK": 128, "GROUP": 2}), arch=INTERPRETER),
+    Row("int8.project", Configuration({"BM": 32, "BK": 128}, num_stages=3)),
+    Row("int8.project", Configuration({"BM": 64, "BK": 128}), arch=INTERPRETER),
+    Row("int8.over_tokens", Configuration({"PARTS": 8, "BM": 64, "BK": 128}, num_warps=8, num_stages=3)),
+    # So that tests reach parts of several tiles, and parts without tokens.
+    Row("int8.over_tokens", Configuration({"PARTS": 2, "BM": 32, "BK": 128}), arch=INTERPRETER),
+    # 64 KB of shared memory hold two stages.
+    Row(
+        "int8.forward",
+        Configuration({"BM": 128, "BN": 128, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=2),
+        arch="gfx942",
+    ),
+    Row(
+        "int8.backward",
+        Configuration({"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=2),
+        arch="gfx942",
+    ),
+    Row("int8.project", Configuration({"BM": 32, "BK": 128}, num_stages=2), arch="gfx942"),
+    Row("int8.over_tokens", Configuration({"PARTS": 8, "BM": 64, "BK": 128}, num_warps=8, num_stages=2), arch="gfx942"),
     # 64 lanes a warp: twice the tokens, so that a lane still stores 16 bytes of bf16.
     Row("flow_matching.noise", Configuration({"TOKENS": 16}), arch="gfx942"),
     Row("flow_matching.residual", Configuration({"TOKENS": 16}), arch="gfx942"),

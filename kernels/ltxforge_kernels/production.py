@@ -21,6 +21,9 @@ from ltxforge_kernels.gated_residual import launch as gated_residual
 from ltxforge_kernels.gated_residual.inputs import inputs as gated_residual_inputs
 from ltxforge_kernels.gelu import launch as gelu
 from ltxforge_kernels.gelu.inputs import inputs as gelu_inputs
+from ltxforge_kernels.int8 import launch as int8
+from ltxforge_kernels.int8.inputs import Inputs as Int8Inputs
+from ltxforge_kernels.int8.inputs import inputs as int8_inputs
 from ltxforge_kernels.lora_linear import launch as lora_linear
 from ltxforge_kernels.lora_linear.inputs import Inputs as LoraInputs
 from ltxforge_kernels.lora_linear.inputs import LayerShape
@@ -133,6 +136,47 @@ def nf4_product(dtype: torch.dtype) -> None:
         nf4.launch_product(given.x, empty_weight(SOUND, "meta", dtype, double=double), given.bias)
 
 
+def int8_rows(dtype: torch.dtype) -> None:
+    """Quantising tokens and gradients, and dequantising weights, at the least and the largest width."""
+    for width in (2048, 16384):
+        given = int8_inputs(6144, width, 4096, 32, Filler("meta"), dtype)
+        int8.launch_quantise(given.x, None)
+        int8.launch_quantise(given.x, given.x.new_empty(width, dtype=torch.float32))
+        int8.launch_dequantise(*given.quantised, dtype)
+
+
+def w8a8_step(dtype: torch.dtype) -> None:
+    """The products of W8A8, forward and backward: common and highest rank, dropout and none, no LoRA."""
+    meta = Filler("meta")
+    for rank, kept in ((32, False), (128, True)):
+        given = int8_inputs(6144, 4096, 16384, rank, meta, dtype)
+        codes = torch.empty(given.x.shape, dtype=torch.int8, device="meta")
+        row_scale = given.x.new_empty(len(codes), dtype=torch.float32)
+        mask = given.kept if kept else None
+        of_b, of_a = given.b.to(dtype), given.a.to(dtype)
+        _, h = int8.launch_project(codes, row_scale, mask, of_a.t(), 1.0, plain_too=False)
+        of_h, _ = int8.launch_project(given.upstream, row_scale, None, of_b, 1.0, plain_too=True)
+        int8.launch_over_tokens(h, codes, mask)
+        int8.launch_over_tokens(h, given.upstream, None)
+        w8a8_products(given, codes, row_scale, (h, of_b.t()), (of_h, of_a), mask)
+    w8a8_products(given, codes, row_scale, None, None, None)
+
+
+def w8a8_products(
+    given: Int8Inputs,
+    codes: torch.Tensor,
+    row_scale: torch.Tensor,
+    forward: tuple[torch.Tensor, torch.Tensor] | None,
+    backward: tuple[torch.Tensor, torch.Tensor] | None,
+    kept: torch.Tensor | None,
+) -> None:
+    """Both directions with these factors of a LoRA. Quantising is `int8_rows`': it needs no tensor cores."""
+    (values, column_scale), dtype = given.quantised, given.x.dtype
+    folded = torch.empty(given.upstream.shape, dtype=torch.int8, device="meta")
+    int8.launch_product("forward", codes, row_scale, values.t(), column_scale, given.bias, forward, None, dtype)
+    int8.launch_product("backward", folded, row_scale, values, None, None, backward, kept, dtype)
+
+
 LAUNCHES = (
     Launch("flow_matching", flow_matching_step),
     Launch("adaln_rms_norm", adaln_rms_norm_step),
@@ -143,4 +187,6 @@ LAUNCHES = (
     Launch("lora_linear", lora_linear_few, (torch.float32,)),
     Launch("nf4 weights", nf4_weights),
     Launch("nf4 product", nf4_product, (torch.bfloat16,), dot=True),
+    Launch("int8 rows", int8_rows),
+    Launch("int8 w8a8", w8a8_step, (torch.bfloat16,), dot=True),
 )
