@@ -58,6 +58,24 @@ class Row:
 
 # The interpreter pays for each program, not for registers, so its tiles are large.
 TABLE = (
+    # 256 pixels by 128 channels: 128 numbers a thread. An inner step of 64 channels is a line of 128 bytes. The widest
+    # layers have few pixels, so that smaller tiles occupy more of the chip.
+    Row("causal_conv3d.tile", Configuration({"ROWS": 16, "COLUMNS": 16, "OUT": 128, "IN": 64}, 8, 4)),
+    Row("causal_conv3d.tile", Configuration({"ROWS": 16, "COLUMNS": 16, "OUT": 64, "IN": 64}, 8, 4), width=64),
+    Row("causal_conv3d.tile", Configuration({"ROWS": 8, "COLUMNS": 8, "OUT": 128, "IN": 64}, 4, 4), width=2048),
+    Row("causal_conv3d.tile", Configuration({"ROWS": 8, "COLUMNS": 16, "OUT": 64, "IN": 64}, 8, 3), arch=120),
+    Row("causal_conv3d.tile", Configuration({"ROWS": 4, "COLUMNS": 8, "OUT": 64, "IN": 64}), arch=INTERPRETER),
+    Row("causal_conv3d.pixel", Configuration({"PIXELS": 128, "OUT": 128, "IN": 64}, 8, 3)),
+    Row("causal_conv3d.pixel", Configuration({"PIXELS": 128, "OUT": 128, "IN": 32}, 8, 2), arch="gfx942"),
+    # On plain arithmetic units, since float32 stays float32.
+    Row("causal_conv3d.pixel", Configuration({"PIXELS": 64, "OUT": 32, "IN": 16}, 8, 2), dtype=torch.float32),
+    Row("causal_conv3d.pixel", Configuration({"PIXELS": 64, "OUT": 32, "IN": 16}, 8, 2), "gfx942", torch.float32),
+    Row("causal_conv3d.pixel", Configuration({"PIXELS": 512, "OUT": 64, "IN": 64}), arch=INTERPRETER),
+    Row("causal_conv3d.activate", Configuration({"PIXELS": 8})),
+    Row("causal_conv3d.activate", Configuration({"PIXELS": 4}), width=512),
+    Row("causal_conv3d.activate", Configuration({"PIXELS": 2}), width=1024),
+    Row("causal_conv3d.activate", Configuration({"PIXELS": 1}), width=2048),
+    Row("causal_conv3d.activate", Configuration({"PIXELS": 256}), arch=INTERPRETER),
     Row("flow_matching.noise", Configuration({"TOKENS": 8})),
     Row("flow_matching.noise", Configuration({"TOKENS": 64}), arch=INTERPRETER),
     Row("flow_matching.residual", Configuration({"TOKENS": 8})),

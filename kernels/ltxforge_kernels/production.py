@@ -15,6 +15,9 @@ import torch
 from ltxforge_kernels.adaln_rms_norm import launch as adaln_rms_norm
 from ltxforge_kernels.adaln_rms_norm.inputs import inputs as adaln_rms_norm_inputs
 from ltxforge_kernels.cases import FEED_FORWARD, HIDDEN, LATENTS, Filler
+from ltxforge_kernels.causal_conv3d import launch as causal_conv3d
+from ltxforge_kernels.causal_conv3d.inputs import HOT, NARROW
+from ltxforge_kernels.causal_conv3d.inputs import inputs as causal_conv3d_inputs
 from ltxforge_kernels.flow_matching import launch as flow_matching
 from ltxforge_kernels.flow_matching.inputs import inputs as flow_matching_inputs
 from ltxforge_kernels.gated_residual import launch as gated_residual
@@ -41,6 +44,20 @@ class Launch:
     run: Callable[[torch.dtype], object]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     dot: bool = False
+
+
+def causal_conv3d_chunk(dtype: torch.dtype) -> None:
+    """An encoder's first convolution, one with all that can be fused into it, and one of few channels."""
+    for shape, residual, eps in ((HOT[0], False, None), (HOT[3], True, 1e-8), (NARROW, False, None)):
+        given = causal_conv3d_inputs(shape, Filler("meta"), dtype, residual=residual)
+        causal_conv3d.launch_forward(given.x, given.weight, given.bias, given.state, given.residual, eps)
+
+
+def causal_conv3d_activation(dtype: torch.dtype) -> None:
+    """What precedes a convolution, at every width."""
+    for shape in HOT[1:]:
+        x = causal_conv3d.pixels_first(causal_conv3d_inputs(shape, Filler("meta"), dtype, residual=False).x)
+        causal_conv3d.launch_activation(x, x.new_empty(1, shape.frames + 2, *x.shape[2:]), 1e-8)
 
 
 def flow_matching_step(dtype: torch.dtype) -> None:
@@ -178,6 +195,8 @@ def w8a8_products(
 
 
 LAUNCHES = (
+    Launch("causal_conv3d", causal_conv3d_chunk, (torch.bfloat16, torch.float16), dot=True),
+    Launch("causal_conv3d", causal_conv3d_activation),
     Launch("flow_matching", flow_matching_step),
     Launch("adaln_rms_norm", adaln_rms_norm_step),
     Launch("gated_residual", gated_residual_step),
