@@ -184,8 +184,11 @@ TABLE = (
     Row("nf4.unpack", Configuration({"BYTES": 65536, "GATHER": 0}), arch=INTERPRETER),
     Row("nf4.pack", Configuration({"ELEMENTS": 1024})),
     Row("nf4.pack", Configuration({"ELEMENTS": 65536}), arch=INTERPRETER),
-    Row("nf4.product", Configuration({"ROWS": 64, "TOKENS": 128, "DEPTH": 64}, 4, 3)),
-    Row("nf4.product", Configuration({"ROWS": 64, "TOKENS": 64, "DEPTH": 128}), arch=INTERPRETER),
+    # One tile of tokens: each weight is unpacked once.
+    Row("nf4.small_product", Configuration({"ROWS": 64, "TOKENS": 128, "DEPTH": 64}, 4, 3)),
+    Row("nf4.small_product", Configuration({"ROWS": 64, "TOKENS": 64, "DEPTH": 128}), arch=INTERPRETER),
+    Row("nf4.unpack", Configuration({"BYTES": 4096, "GATHER": 0}), arch="gfx942"),
+    Row("nf4.pack", Configuration({"ELEMENTS": 2048}), arch="gfx942"),
 )
 
 

@@ -150,7 +150,7 @@ def nf4_product(dtype: torch.dtype) -> None:
     """Few tokens times a weight that is unpacked on the way."""
     given = nf4_inputs(SOUND, Filler("meta"), dtype)
     for double in (False, True):
-        nf4.launch_product(given.x, empty_weight(SOUND, "meta", dtype, double=double), given.bias)
+        nf4.launch_small_product(given.x, empty_weight(SOUND, "meta", dtype, double=double), given.bias)
 
 
 def int8_rows(dtype: torch.dtype) -> None:

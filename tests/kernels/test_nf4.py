@@ -250,7 +250,7 @@ def test_blocks_of_every_size_in_the_small_product(blocksize, double, device):
     weight = quantise(given.weight, blocksize, double, implementation="eager")
     assert launch.fits_small_product(given.x, weight)
     held = dequantise(weight, implementation="eager").double()
-    require_close(launch.launch_product(given.x, weight, None), given.x.double() @ held.T)
+    require_close(launch.launch_small_product(given.x, weight, None), given.x.double() @ held.T)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def unpack_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def product_kernel(
+def small_product_kernel(
     x,
     packed,
     absmax,

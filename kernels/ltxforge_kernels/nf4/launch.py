@@ -94,18 +94,18 @@ def launch_unpack(
     return out
 
 
-def launch_product(x: Tensor, weight: Nf4Weight, bias: Tensor | None) -> Tensor:
+def launch_small_product(x: Tensor, weight: Nf4Weight, bias: Tensor | None) -> Tensor:
     """x·Wᵀ + b [T, N] for few tokens x [T, K], the weight unpacked on the way; see `fits_small_product`."""
     x = x.contiguous()
     rows, depth = weight.shape
     output = x.new_empty((x.shape[0], rows))
     if output.numel() == 0:
         return output
-    chosen = configuration("nf4.product", architecture(x), x.dtype, depth).options()
+    chosen = configuration("nf4.small_product", architecture(x), x.dtype, depth).options()
     chosen["DEPTH"] = min(chosen["DEPTH"], depth & -depth)
     grid = (triton.cdiv(rows, chosen["ROWS"]), triton.cdiv(x.shape[0], chosen["TOKENS"]))
     with launching_on(x):
-        kernel.product_kernel[grid](
+        kernel.small_product_kernel[grid](
             x,
             *sources(weight),
             bias,
@@ -124,7 +124,7 @@ def launch_product(x: Tensor, weight: Nf4Weight, bias: Tensor | None) -> Tensor:
 def launch_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None) -> Tensor:
     """x·Wᵀ + b [..., N]."""
     if fits_small_product(x, weight):
-        product = launch_product(x.reshape(-1, x.shape[-1]), weight, bias)
+        product = launch_small_product(x.reshape(-1, x.shape[-1]), weight, bias)
         return product.reshape(*x.shape[:-1], weight.shape[0])
     return linear(x, launch_unpack(weight, x.dtype), bias)
 
