@@ -175,6 +175,12 @@ TABLE = (
     ),
     Row("int8.project", Configuration({"BM": 32, "BK": 128}, num_stages=2), arch="gfx942"),
     Row("int8.over_tokens", Configuration({"PARTS": 8, "BM": 64, "BK": 128}, num_warps=8, num_stages=2), arch="gfx942"),
+    # One program a row, as adaln_rms_norm's: its pairs, and two numbers of a table for each.
+    *(
+        Row(f"qk_norm_rope.{kernel}", Configuration({}, num_warps=warps), width=width)
+        for kernel in ("forward", "backward")
+        for width, warps in ((None, 4), (4096, 8), (8192, 16), (16384, 16))
+    ),
     # 64 lanes a warp: twice the tokens, so that a lane still stores 16 bytes of bf16.
     Row("flow_matching.noise", Configuration({"TOKENS": 16}), arch="gfx942"),
     Row("flow_matching.residual", Configuration({"TOKENS": 16}), arch="gfx942"),
