@@ -39,6 +39,7 @@ from ltxforge_kernels.nf4.inputs import inputs as nf4_inputs
 from ltxforge_kernels.qk_norm_rope import launch as qk_norm_rope
 from ltxforge_kernels.qk_norm_rope.inputs import Inputs as QkNormRopeInputs
 from ltxforge_kernels.qk_norm_rope.inputs import inputs as qk_norm_rope_inputs
+from ltxforge_kernels.target import architecture
 
 
 @dataclass(frozen=True)
