@@ -108,6 +108,13 @@ TABLE = (
     Row("gelu.backward", Configuration({"BLOCK": 2048})),
     Row("gelu.backward", Configuration({"BLOCK": 16384}), arch=INTERPRETER),
     # One program a row, as adaln_rms_norm's.
+    Row("fp8.quantise", Configuration({}, num_warps=4)),
+    Row("fp8.quantise", Configuration({}, num_warps=8), width=4096),
+    Row("fp8.quantise", Configuration({}, num_warps=16), width=8192),
+    Row("fp8.quantise", Configuration({}, num_warps=16), width=16384),
+    Row("fp8.dequantise", Configuration({"ROWS": 16, "COLUMNS": 256})),
+    Row("fp8.dequantise", Configuration({"ROWS": 64, "COLUMNS": 256}), arch=INTERPRETER),
+    # One program a row, as adaln_rms_norm's.
     Row("int8.quantise", Configuration({}, num_warps=4)),
     Row("int8.quantise", Configuration({}, num_warps=8), width=4096),
     Row("int8.quantise", Configuration({}, num_warps=16), width=8192),
