@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from ltxforge.benchmarks.bench import Bench, Told
-from ltxforge.benchmarks.ceilings import clocks, measure_ceilings
+from ltxforge.benchmarks.ceilings import measure_ceilings
 from ltxforge.benchmarks.gate import gates_of, told, upstream_of
 from ltxforge.benchmarks.ops.table import SUBJECTS
 from ltxforge.benchmarks.resources import resources_of
@@ -57,7 +57,7 @@ def begin(cases: Sequence[KernelCase], hardware: Hardware, tell: Told, stop: Sto
     here = [case for case in cases if _skipped(case, hardware) is None]
     # A backward pass is timed many times over one forward: nothing may be reused in place.
     functorch_config.donated_buffer = False
-    facts: dict[str, Any] = {"ceilings": {}, "clocks": clocks()}
+    facts: dict[str, Any] = {"ceilings": {}}
     if here:
         tell("measuring this machine's ceilings")
         facts["ceilings"] = measure_ceilings(device)

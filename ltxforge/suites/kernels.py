@@ -50,7 +50,7 @@ OPS = {
         ("base alone", "_int_mm and rescale", "_scaled_mm rowwise", "addmm per projection"),
         ("forward", "both"),
     ),
-    "fp8_linear": Op(LINEAR, ("base alone",)),
+    "fp8_linear": Op(LINEAR, ("base alone",), ("forward", "both")),
     "causal_conv3d": Op(
         ("width", "out", "extent"), ("cuDNN NCDHW", "cuDNN NDHWC", "cuDNN NDHWC, benchmark", "three conv2d")
     ),
