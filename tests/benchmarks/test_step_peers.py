@@ -18,7 +18,6 @@ from ltxforge.benchmarks.synthetic import plan_of, synthetic_batch
 from ltxforge.dataset.batches import Batch
 from ltxforge.hardware import detect
 from ltxforge.lora.inject import adapter_parameters, load_adapter
-from ltxforge.models import random_weights
 from ltxforge.models.interface import VideoModel
 from ltxforge.plan import Plan
 from ltxforge.signals import StopRequest
@@ -36,12 +35,6 @@ WIRINGS = [
     ("tiny/ltx2", "video"),
     ("tiny/ltx2.3", "audio"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def full_strength(monkeypatch):
-    """At a width of 128, the gain per layer that full width has with the usual weights: no branch is negligible."""
-    monkeypatch.setattr(random_weights, "WEIGHT_STD", 0.1)
 
 
 def prepared(base: str, modalities: str | None = None, **changes: object) -> tuple[Plan, VideoModel, Batch, StockStep]:
@@ -114,7 +107,7 @@ def test_the_weights_are_shared_and_the_rest_is_as_the_trainers_have_it(precisio
     assert 0 < float(drawn.video.sigma.min()) and float(drawn.video.sigma.max()) < 1
 
 
-def test_compiled_blocks_compute_the_same(monkeypatch):
+def test_compiled_blocks_compute_the_same():
     """compile_repeated_blocks with checkpointing and PEFT: traced by AOTAutograd here, by Inductor in the sweep."""
     check_compiled(backend="aot_eager")
 
