@@ -64,7 +64,7 @@ TABLE = (
     Row("causal_conv3d.tile", Configuration({"ROWS": 16, "COLUMNS": 16, "OUT": 64, "IN": 64}, 8, 4), width=64),
     Row("causal_conv3d.tile", Configuration({"ROWS": 8, "COLUMNS": 8, "OUT": 128, "IN": 64}, 4, 4), width=2048),
     Row("causal_conv3d.tile", Configuration({"ROWS": 8, "COLUMNS": 16, "OUT": 64, "IN": 64}, 8, 3), arch=120),
-    Row("causal_conv3d.tile", Configuration({"ROWS": 4, "COLUMNS": 8, "OUT": 64, "IN": 64}), arch=INTERPRETER),
+    Row("causal_conv3d.tile", Configuration({"ROWS": 8, "COLUMNS": 16, "OUT": 64, "IN": 64}), arch=INTERPRETER),
     Row("causal_conv3d.pixel", Configuration({"PIXELS": 128, "OUT": 128, "IN": 64}, 8, 3)),
     Row("causal_conv3d.pixel", Configuration({"PIXELS": 128, "OUT": 128, "IN": 32}, 8, 2), arch="gfx942"),
     # On plain arithmetic units, since float32 stays float32.
@@ -72,6 +72,7 @@ TABLE = (
     Row("causal_conv3d.pixel", Configuration({"PIXELS": 64, "OUT": 32, "IN": 16}, 8, 2), "gfx942", torch.float32),
     Row("causal_conv3d.pixel", Configuration({"PIXELS": 512, "OUT": 64, "IN": 64}), arch=INTERPRETER),
     Row("causal_conv3d.activate", Configuration({"PIXELS": 8})),
+    Row("causal_conv3d.activate", Configuration({"PIXELS": 16}), arch="gfx942", width=128),
     Row("causal_conv3d.activate", Configuration({"PIXELS": 4}), width=512),
     Row("causal_conv3d.activate", Configuration({"PIXELS": 2}), width=1024),
     Row("causal_conv3d.activate", Configuration({"PIXELS": 1}), width=2048),

@@ -232,6 +232,7 @@ def fp8_rows(dtype: torch.dtype) -> None:
 
 LAUNCHES = (
     Launch("causal_conv3d", causal_conv3d_chunk, (torch.bfloat16, torch.float16), dot=True),
+    Launch("causal_conv3d", causal_conv3d_chunk, (torch.float32,)),
     Launch("causal_conv3d", causal_conv3d_activation),
     Launch("flow_matching", flow_matching_step),
     Launch("adaln_rms_norm", adaln_rms_norm_step),
