@@ -161,6 +161,12 @@ TABLE = (
         for kernel in ("forward", "backward")
         for width, warps in ((None, 4), (4096, 8), (8192, 16), (16384, 16))
     ),
+    # 64 lanes a warp: fewer of them, so that a lane still has 16 bytes of bf16 of either half of a head.
+    *(
+        Row(f"qk_norm_rope.{kernel}", Configuration({}, num_warps=warps), arch="gfx942", width=width)
+        for kernel in ("forward", "backward")
+        for width, warps in ((None, 2), (4096, 4), (8192, 8), (16384, 8))
+    ),
     # By rank: wide ranks take more of a program, and longer chunks, whose partial sums are as wide.
     Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 64}, 4, 4)),
     Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 128}, 2, 3), width=16),
