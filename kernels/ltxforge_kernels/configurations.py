@@ -170,7 +170,7 @@ TABLE = (
     # By rank: wide ranks take more of a program, and longer chunks, whose partial sums are as wide.
     Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 64}, 4, 4)),
     Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 128}, 2, 3), width=16),
-    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 64}, 4, 3), width=64),
+    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 64}, 8, 3), width=64),
     Row("lora_linear.forward", Configuration({"ROWS": 64, "COLUMNS": 64}, 8, 3), width=128),
     Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 32}, 8, 2), width=256),
     Row("lora_linear.backward", Configuration({"ROWS": 64, "COLUMNS": 64, "CHUNK": 512}, 8, 2)),
@@ -181,6 +181,10 @@ TABLE = (
     # What spills there in larger tiles.
     Row("lora_linear.forward", Configuration({"ROWS": 16, "COLUMNS": 128}, 4, 3), arch=120, width=64),
     Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 64}, 4, 2), arch=120, width=128),
+    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 64}, 4, 2), arch="gfx942"),
+    Row("lora_linear.backward", Configuration({"ROWS": 64, "COLUMNS": 32, "CHUNK": 512}, 4, 2), arch="gfx942"),
+    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 1024}, 4), "gfx942", width=128),
+    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 1024}, 8), "gfx942", width=256),
     # On plain arithmetic units, since float32 stays float32.
     Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 32}, 8, 1), dtype=torch.float32),
     Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 512}, 8, 2), dtype=torch.float32),

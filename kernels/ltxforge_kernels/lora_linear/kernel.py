@@ -12,7 +12,7 @@ from ltxforge_kernels.gelu.kernel import gelu, gelu_slope
 
 
 @triton.jit(do_not_specialize=["rows"])
-def forward_kernel(
+def branch_kernel(
     x,
     a,
     kept,

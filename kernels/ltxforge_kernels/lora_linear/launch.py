@@ -102,7 +102,7 @@ def launch_branch(
     stride = 0 if packed is None else packed.stride(0)
     inputs = (rows, a.to(rows.dtype).contiguous(), as_bytes(kept), packed, branch, count, stride, factor)
     with launching_on(rows):
-        kernel.forward_kernel[(triton.cdiv(count, options["ROWS"]),)](*inputs, **options)
+        kernel.branch_kernel[(triton.cdiv(count, options["ROWS"]),)](*inputs, **options)
     return branch
 
 
