@@ -108,65 +108,6 @@ TABLE = (
     Row("gelu.forward", Configuration({"BLOCK": 16384}), arch=INTERPRETER),
     Row("gelu.backward", Configuration({"BLOCK": 2048})),
     Row("gelu.backward", Configuration({"BLOCK": 16384}), arch=INTERPRETER),
-    # One program a row, as adaln_rms_norm's.
-    Row("fp8.quantise", Configuration({}, num_warps=4)),
-    Row("fp8.quantise", Configuration({}, num_warps=8), width=4096),
-    Row("fp8.quantise", Configuration({}, num_warps=16), width=8192),
-    Row("fp8.quantise", Configuration({}, num_warps=16), width=16384),
-    Row("fp8.dequantise", Configuration({"ROWS": 16, "COLUMNS": 256})),
-    Row("fp8.dequantise", Configuration({"ROWS": 64, "COLUMNS": 256}), arch=INTERPRETER),
-    # One program a row, as adaln_rms_norm's.
-    Row("int8.quantise", Configuration({}, num_warps=4)),
-    Row("int8.quantise", Configuration({}, num_warps=8), width=4096),
-    Row("int8.quantise", Configuration({}, num_warps=16), width=8192),
-    Row("int8.quantise", Configuration({}, num_warps=16), width=16384),
-    Row("int8.dequantise", Configuration({"ROWS": 16, "COLUMNS": 256})),
-    Row("int8.dequantise", Configuration({"ROWS": 64, "COLUMNS": 256}), arch=INTERPRETER),
-    Row("int8.forward", Configuration({"BM": 128, "BN": 128, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3)),
-    Row("int8.forward", Configuration({"BM": 64, "BN": 128, "BK": 128, "GROUP": 2}), arch=INTERPRETER),
-    Row(
-        "int8.forward",
-        Configuration({"BM": 128, "BN": 256, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3),
-        arch=90,
-    ),
-    Row(
-        "int8.forward",
-        Configuration({"BM": 128, "BN": 256, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3),
-        arch=100,
-    ),
-    # BK of 128 spills at rank 128: the weight lies the wrong way round and passes through registers.
-    Row("int8.backward", Configuration({"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=4)),
-    Row("int8.backward", Configuration({"BM": 64, "BN": 128, "BK": 128, "GROUP": 2}), arch=INTERPRETER),
-    Row("int8.project", Configuration({"BM": 32, "BK": 128}, num_stages=3)),
-    Row("int8.project", Configuration({"BM": 64, "BK": 128}), arch=INTERPRETER),
-    Row("int8.over_tokens", Configuration({"PARTS": 8, "BM": 64, "BK": 128}, num_warps=8, num_stages=3)),
-    # So that tests reach parts of several tiles, and parts without tokens.
-    Row("int8.over_tokens", Configuration({"PARTS": 2, "BM": 32, "BK": 128}), arch=INTERPRETER),
-    # 64 KB of shared memory hold two stages.
-    Row(
-        "int8.forward",
-        Configuration({"BM": 128, "BN": 128, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=2),
-        arch="gfx942",
-    ),
-    Row(
-        "int8.backward",
-        Configuration({"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=2),
-        arch="gfx942",
-    ),
-    Row("int8.project", Configuration({"BM": 32, "BK": 128}, num_stages=2), arch="gfx942"),
-    Row("int8.over_tokens", Configuration({"PARTS": 8, "BM": 64, "BK": 128}, num_warps=8, num_stages=2), arch="gfx942"),
-    # One program a row, as adaln_rms_norm's: its pairs, and two numbers of a table for each.
-    *(
-        Row(f"qk_norm_rope.{kernel}", Configuration({}, num_warps=warps), width=width)
-        for kernel in ("forward", "backward")
-        for width, warps in ((None, 4), (4096, 8), (8192, 16), (16384, 16))
-    ),
-    # 64 lanes a warp: fewer of them, so that a lane still has 16 bytes of bf16 of either half of a head.
-    *(
-        Row(f"qk_norm_rope.{kernel}", Configuration({}, num_warps=warps), arch="gfx942", width=width)
-        for kernel in ("forward", "backward")
-        for width, warps in ((None, 2), (4096, 4), (8192, 8), (16384, 8))
-    ),
     # By rank: wide ranks take more of a program, and longer chunks, whose partial sums are as wide.
     Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 64}, 4, 4)),
     Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 128}, 2, 3), width=16),
@@ -193,6 +134,69 @@ TABLE = (
     # Small, so that tests reach more than one chunk and more than one pass of each loop.
     Row("lora_linear.forward", Configuration({"ROWS": 64, "COLUMNS": 1024}), arch=INTERPRETER),
     Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 1024, "CHUNK": 64}), arch=INTERPRETER),
+    # One program a row, as adaln_rms_norm's.
+    Row("fp8.quantise", Configuration({}, num_warps=4)),
+    Row("fp8.quantise", Configuration({}, num_warps=8), width=4096),
+    Row("fp8.quantise", Configuration({}, num_warps=16), width=8192),
+    Row("fp8.quantise", Configuration({}, num_warps=16), width=16384),
+    Row("fp8.dequantise", Configuration({"ROWS": 16, "COLUMNS": 256})),
+    Row("fp8.dequantise", Configuration({"ROWS": 64, "COLUMNS": 256}), arch=INTERPRETER),
+    # One program a row, as adaln_rms_norm's.
+    Row("int8.quantise", Configuration({}, num_warps=4)),
+    Row("int8.quantise", Configuration({}, num_warps=8), width=4096),
+    Row("int8.quantise", Configuration({}, num_warps=16), width=8192),
+    Row("int8.quantise", Configuration({}, num_warps=16), width=16384),
+    # 64 lanes a warp: half the warps, so that a lane stores 16 codes.
+    Row("int8.quantise", Configuration({}, num_warps=2), arch="gfx942"),
+    Row("int8.quantise", Configuration({}, num_warps=4), arch="gfx942", width=4096),
+    Row("int8.quantise", Configuration({}, num_warps=8), arch="gfx942", width=8192),
+    Row("int8.quantise", Configuration({}, num_warps=16), arch="gfx942", width=16384),
+    Row("int8.dequantise", Configuration({"ROWS": 16, "COLUMNS": 256})),
+    Row("int8.dequantise", Configuration({"ROWS": 64, "COLUMNS": 256}), arch=INTERPRETER),
+    Row("int8.forward", Configuration({"BM": 128, "BN": 128, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3)),
+    Row("int8.forward", Configuration({"BM": 64, "BN": 128, "BK": 128, "GROUP": 2}), arch=INTERPRETER),
+    Row(
+        "int8.forward",
+        Configuration({"BM": 128, "BN": 256, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3),
+        arch=90,
+    ),
+    Row(
+        "int8.forward",
+        Configuration({"BM": 128, "BN": 256, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3),
+        arch=100,
+    ),
+    Row("int8.backward", Configuration({"BM": 128, "BN": 128, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3)),
+    Row("int8.backward", Configuration({"BM": 64, "BN": 128, "BK": 128, "GROUP": 2}), arch=INTERPRETER),
+    Row("int8.project", Configuration({"BM": 32, "BK": 64}, num_stages=3)),
+    Row("int8.project", Configuration({"BM": 64, "BK": 128}), arch=INTERPRETER),
+    Row("int8.over_tokens", Configuration({"PARTS": 8, "BM": 64, "BK": 128}, num_warps=8, num_stages=3)),
+    # So that tests reach parts of several tiles, and parts without tokens.
+    Row("int8.over_tokens", Configuration({"PARTS": 2, "BM": 32, "BK": 128}), arch=INTERPRETER),
+    # 64 KB of shared memory hold two stages.
+    Row(
+        "int8.forward",
+        Configuration({"BM": 128, "BN": 128, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=2),
+        arch="gfx942",
+    ),
+    Row(
+        "int8.backward",
+        Configuration({"BM": 128, "BN": 128, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=2),
+        arch="gfx942",
+    ),
+    Row("int8.project", Configuration({"BM": 32, "BK": 128}, num_stages=2), arch="gfx942"),
+    Row("int8.over_tokens", Configuration({"PARTS": 8, "BM": 64, "BK": 128}, num_warps=8, num_stages=2), arch="gfx942"),
+    # One program a row, as adaln_rms_norm's: its pairs, and two numbers of a table for each.
+    *(
+        Row(f"qk_norm_rope.{kernel}", Configuration({}, num_warps=warps), width=width)
+        for kernel in ("forward", "backward")
+        for width, warps in ((None, 4), (4096, 8), (8192, 16), (16384, 16))
+    ),
+    # 64 lanes a warp: fewer of them, so that a lane still has 16 bytes of bf16 of either half of a head.
+    *(
+        Row(f"qk_norm_rope.{kernel}", Configuration({}, num_warps=warps), arch="gfx942", width=width)
+        for kernel in ("forward", "backward")
+        for width, warps in ((None, 2), (4096, 4), (8192, 8), (16384, 8))
+    ),
     # 64 lanes a warp: twice the tokens, so that a lane still stores 16 bytes of bf16.
     Row("flow_matching.noise", Configuration({"TOKENS": 16}), arch="gfx942"),
     Row("flow_matching.residual", Configuration({"TOKENS": 16}), arch="gfx942"),

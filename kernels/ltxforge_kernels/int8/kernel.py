@@ -70,6 +70,7 @@ def product_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_LORA: tl.constexpr,
     HAS_KEPT: tl.constexpr,
+    TURNED: tl.constexpr,
     EVEN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -78,38 +79,41 @@ def product_kernel(
 ):
     """output [M, N] = (x·w)·row_scale·column_scale + bias + kept·(h·factor): x [M, K] and w int8, h [M, R].
 
-    Forward: w and factor are W and B as they lie, and column_scale is W's. Backward: both the other way round.
+    Forward: w and factor are W and B as they lie, and column_scale is W's. Backward: both are TURNED.
     """
     tile_row, tile_column = tile_of(M, N, BM, BN, GROUP)
     row = tile_row * BM + tl.arange(0, BM)
     column = tile_column * BN + tl.arange(0, BN)
     inner = tl.arange(0, BK)
-    # Rows and columns behind the end read the first one's values and are not stored.
+    there = (column < N)[None, :]
+    # Rows and columns behind the end read the first one's values and are not stored. Where columns are neighbours in
+    # memory they are masked instead, since a choice between two of them would hide that from the compiler.
     safe_row = tl.where(row < M, row, 0).to(tl.int64)
-    safe_column = tl.where(column < N, column, 0).to(tl.int64)
+    safe_column = (column if TURNED else tl.where(column < N, column, 0)).to(tl.int64)
     left = x + safe_row[:, None] * K + inner[None, :]
     right = w + safe_column[None, :] * w_column_stride + inner[:, None].to(tl.int64) * w_inner_stride
     sums = tl.zeros((BM, BN), tl.int32)
     for begin in range(0, K, BK):
         if EVEN:
             a = tl.load(left)
-            b = tl.load(right)
+            b = tl.load(right, mask=there, other=0) if TURNED else tl.load(right)
         else:
             a = tl.load(left, mask=(begin + inner < K)[None, :], other=0)
-            b = tl.load(right, mask=(begin + inner < K)[:, None], other=0)
+            b = tl.load(right, mask=(begin + inner < K)[:, None] & there, other=0)
         sums = tl.dot(a, b, sums, out_dtype=tl.int32)
         left += BK
         right += BK * w_inner_stride
     result = sums.to(tl.float32) * tl.load(row_scale + safe_row)[:, None]
     if HAS_COLUMN_SCALE:
-        result = result * tl.load(column_scale + safe_column)[None, :]
+        result = result * tl.load(column_scale + column, mask=column < N, other=0.0)[None, :]
     place = row.to(tl.int64)[:, None] * N + column[None, :]
-    inside = (row < M)[:, None] & (column < N)[None, :]
+    inside = (row < M)[:, None] & there
     if HAS_LORA:
         rank = tl.arange(0, RANK)
         hidden = tl.load(h + safe_row[:, None] * R + rank[None, :], mask=(rank < R)[None, :], other=0.0)
         across = safe_column[None, :] * factor_column_stride + rank[:, None] * factor_rank_stride
-        lora = tl.load(factor + across, mask=(rank < R)[:, None], other=0.0)
+        of_rank = (rank < R)[:, None]
+        lora = tl.load(factor + across, mask=(of_rank & there) if TURNED else of_rank, other=0.0)
         if HAS_KEPT:
             branch = tl.dot(hidden, lora, input_precision="ieee")
             keeping = tl.load(kept + place, mask=inside, other=0)
@@ -117,7 +121,7 @@ def product_kernel(
         else:
             result = tl.dot(hidden, lora, result, input_precision="ieee")
     if HAS_BIAS:
-        result += tl.load(bias + safe_column).to(tl.float32)[None, :]
+        result += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
     tl.store(output + place, result.to(output.dtype.element_ty), mask=inside)
 
 

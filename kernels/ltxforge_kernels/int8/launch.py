@@ -106,6 +106,7 @@ def launch_product(
             HAS_BIAS=bias is not None,
             HAS_LORA=lora is not None,
             HAS_KEPT=lora is not None and kept is not None,
+            TURNED=w.stride(1) == 1,
             EVEN=inner % chosen["BK"] == 0,
             **chosen,
             **FUSED,
