@@ -242,7 +242,7 @@ LAUNCHES = (
     Launch("lora_linear", lora_linear_step, (torch.bfloat16,), dot=True),
     Launch("lora_linear", lora_linear_few, (torch.float16,), dot=True),
     Launch("lora_linear", lora_linear_few, (torch.float32,)),
-    Launch("nf4 weights", nf4_weights),
+    Launch("nf4 weights", nf4_weights, (torch.bfloat16,)),
     Launch("nf4 product", nf4_product, (torch.bfloat16,), dot=True),
     Launch("fp8", fp8_rows),
     Launch("int8 rows", int8_rows),
