@@ -115,8 +115,9 @@ class EncoderStream:
         stride = downsampler.stride
         if not self.has_begun:
             hidden = torch.cat([hidden[:, :, : stride[0] - 1], hidden], dim=2)
-        residual = space_to_depth(hidden, stride).unflatten(1, (-1, downsampler.group_size)).mean(dim=2)
-        return space_to_depth(self.convolve(downsampler.conv, hidden), stride) + residual
+        innermost = self.implementation != "eager"
+        means = space_to_depth(hidden, stride, innermost).unflatten(1, (-1, downsampler.group_size)).mean(dim=2)
+        return space_to_depth(self.convolve(downsampler.conv, hidden), stride, innermost) + means
 
     def activate_and_convolve(
         self, norm: nn.Module, activation: nn.Module, conv: nn.Module, hidden: Tensor, residual: Tensor | None = None
@@ -177,7 +178,9 @@ def patches(pixels: Tensor, size: int) -> Tensor:
     return split.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
 
 
-def space_to_depth(hidden: Tensor, stride: tuple[int, int, int]) -> Tensor:
-    """[B, C, T, H, W] to [B, C·a·b·c, T / a, H / b, W / c] for strides a, b, c."""
+def space_to_depth(hidden: Tensor, stride: tuple[int, int, int], channels_innermost: bool) -> Tensor:
+    """[B, C, T, H, W] to [B, C·a·b·c, T / a, H / b, W / c] for strides a, b, c, laid out as the next op wants it."""
     split = hidden.unflatten(4, (-1, stride[2])).unflatten(3, (-1, stride[1])).unflatten(2, (-1, stride[0]))
+    if channels_innermost:
+        return split.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4, 7).permute(0, 4, 1, 2, 3)
     return split.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
