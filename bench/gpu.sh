@@ -37,7 +37,7 @@ done
 if ! (cd / && "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("ltxforge") is None)'); then
     export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}"
 fi
-export HF_HUB_OFFLINE=1
+export HF_HUB_OFFLINE=1 KINETO_LOG_LEVEL=${KINETO_LOG_LEVEL:-6}  # the profiler announces itself otherwise
 if [ -z "$OUT" ]; then
     OUT=bench/results/$("$PYTHON" -c 'from ltxforge.benchmark import device_name; print(device_name())') || exit 2
 fi

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from ltxforge_kernels.choice import arch_name
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
@@ -98,7 +99,7 @@ class _Session:
             raise
         except Exception as error:  # compilers and drivers have no common base, and one op must not end the suite
             outcome = "out of memory" if is_out_of_memory(error) else "failed"
-            return self._result(case, outcome, f"{type(error).__name__}: {_first_line(error)}")
+            return self._result(case, outcome, _first_line(error))
         finally:
             gc.collect()
             torch._dynamo.reset()
@@ -113,24 +114,23 @@ class _Session:
         if red := [gate for gate in gates if not gate.passed]:
             return self._result(case, "gate failed", "; ".join(map(told, red)), gates=tuple(gates))
         peers, unavailable = _peers(subject, case, check_peer)
-        calls = self._calls(case, subject, {**{name: subject.ours(name) for name in implementations}, **peers})
-        for name in peers:
-            if why := _why_not(calls[name]):
-                unavailable[name] = why
-                del calls[name]
+        sets = self._sets(subject)
+        calls: dict[str, list[Call]] = {}
+        for name, contender in {**{name: subject.ours(name) for name in implementations}, **peers}.items():
+            try:
+                calls[name] = _ready(case.timed, contender, sets, subject.leaves)
+            except Exception as error:  # a peer's trouble is not ours
+                if name not in peers:
+                    raise
+                unavailable[name] = _first_line(error)
         return self._summary(case, subject, implementations, self._times(case, calls), tuple(gates), unavailable)
 
-    def _calls(self, case: KernelCase, subject: Subject, contenders: Mapping[str, Contender]) -> dict[str, list[Call]]:
-        """What is timed of each contender, over the same rotated sets of inputs."""
+    def _sets(self, subject: Subject) -> list[tuple[Inputs, tuple[Tensor, ...]]]:
+        """Sets of inputs for everyone to rotate through, and the gradients that arrive at their outputs."""
         first = subject.inputs(DeviceFiller(self.device, 1))
         count = sets_needed(bytes_of(first), self.device)
         sets = [first, *(subject.inputs(DeviceFiller(self.device, seed)) for seed in range(2, count + 1))]
-        leaves = subject.leaves
-        upstream = [upstream_of(subject, each, seed) for seed, each in enumerate(sets)] if leaves else [()] * count
-        return {
-            name: [Call(case.timed, contender, each, leaves, up) for each, up in zip(sets, upstream, strict=True)]
-            for name, contender in contenders.items()
-        }
+        return [(each, upstream_of(subject, each, seed) if subject.leaves else ()) for seed, each in enumerate(sets)]
 
     def _times(self, case: KernelCase, calls: Mapping[str, Sequence[Call]]) -> dict[str, Timing]:
         """Contender → its times, all taken together."""
@@ -169,15 +169,13 @@ class _Session:
         )
 
     def _result(self, case: KernelCase, outcome: Outcome, reason: str = "", **found: Any) -> KernelResult:
-        major, minor = self.hardware.capability
-        arch = f"sm_{10 * major + minor}" if self.hardware.kind == "cuda" else self.hardware.kind
         return KernelResult(
             case.name,
             outcome,
             case.settings(),
             reason=reason,
             op=case.op,
-            arch=arch,
+            arch=arch_name(self.hardware.machine),
             dtype=case.dtype,
             tokens=case.tokens,
             width=case.width,
@@ -218,7 +216,7 @@ def _peers(
             unavailable[name] = str(error)
             continue
         except Exception as error:  # a peer's trouble is not ours
-            unavailable[name] = f"{type(error).__name__}: {_first_line(error)}"
+            unavailable[name] = _first_line(error)
             continue
         if gate.passed:
             found[name] = contender
@@ -227,14 +225,14 @@ def _peers(
     return found, unavailable
 
 
-def _why_not(calls: Sequence[Call]) -> str | None:
-    """Why a peer, which computed the right thing, cannot be timed after all; or None."""
-    try:
-        for call in calls:
-            call()
-    except Exception as error:  # a peer's trouble is not ours
-        return f"{type(error).__name__}: {_first_line(error)}"
-    return None
+def _ready(
+    timed: str, contender: Contender, sets: Sequence[tuple[Inputs, tuple[Tensor, ...]]], leaves: Sequence[str]
+) -> list[Call]:
+    """What is timed of a contender over each set. Each is called once, so that nothing is made while it is timed."""
+    calls = [Call(timed, contender, given, leaves, upstream) for given, upstream in sets]
+    for call in calls:
+        call()
+    return calls
 
 
 class Call:
@@ -267,6 +265,6 @@ class Call:
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says in one line; of one that only announces another, that one."""
+    """An error in one line; of one that only announces another, that one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if not line.endswith(":")), "")
+    return f"{type(error).__name__}: {next((line for line in lines if not line.endswith(':')), '')}"

@@ -1,0 +1,174 @@
+"""The suite `kernels` end to end on this machine's CPU, with every op at a tiny size."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from ltxforge.benchmarks import kernels, resources
+from ltxforge.benchmarks.ops.table import SUBJECTS
+from ltxforge.benchmarks.subject import Contender, bytes_of
+from ltxforge.errors import Stopped
+from ltxforge.hardware import detect
+from ltxforge.signals import StopRequest
+from ltxforge.suites.kernels import OPS, KernelCase, KernelResult
+
+CPU_HARDWARE = dataclasses.replace(detect(), kind="cpu", name="Some CPU")
+SIZES = {"tokens": 32, "width": 64, "out": 48, "rank": 4, "head_width": 32, "layout": "split", "extent": [2, 4, 6]}
+# Not installed, not for a CPU, or compiled, which takes seconds.
+WITHOUT = {"Liger", "compile per token", "compile diffusers", "PEFT compiled", "_int_mm and rescale",
+           "_scaled_mm rowwise", "cudnn", "efficient"}  # fmt: skip
+
+
+def make_case(op: str, **changes: object) -> KernelCase:
+    """Eager alone unless told otherwise: compiling takes seconds."""
+    peers = [peer for peer in OPS[op].peers if peer not in WITHOUT]
+    settings = {"name": "a", "op": op, "device": "cpu", "rounds": 3, "implementations": ["eager"], "peers": peers,
+                "timed": OPS[op].timed[-1], **{key: SIZES[key] for key in OPS[op].needs}}  # fmt: skip
+    return KernelCase(**{**settings, **changes})
+
+
+def measure(case: KernelCase, stop: StopRequest | None = None) -> KernelResult:
+    session = kernels._Session(CPU_HARDWARE, torch.device("cpu"), {"copy bandwidth": 1e10}, str, stop or StopRequest())
+    return session.measure(case)
+
+
+def test_every_op_of_the_schema_has_its_subject():
+    assert SUBJECTS.keys() == OPS.keys()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_measured_against_its_peers(op):
+    case = make_case(op)
+    result = measure(case)
+    assert result.outcome == "measured", result.reason
+    assert result.unavailable == {}
+    assert result.medians.keys() == {"eager", *case.peers} and min(result.medians.values()) > 0
+    assert result.ratios.keys() == set(case.peers) and result.ours == "eager"
+    assert all(gate.passed for gate in result.gates)
+    assert (result.op, result.arch, result.dtype, result.tokens, result.width) == (
+        op, "cpu", "bf16", case.tokens, case.width,
+    )  # fmt: skip
+    assert result.bytes_moved > 0
+
+
+@pytest.mark.parametrize("op", ["adaln_rms_norm", "gated_residual_norm", "qk_norm_rope", "gelu"])
+def test_a_backward_pass_alone_is_less_than_both(op):
+    backward, both = (measure(make_case(op, timed=timed, tokens=512, rounds=9)) for timed in ("backward", "both"))
+    assert backward.times["eager"].p20 < both.times["eager"].median
+    assert any(gate.what.startswith("gradient of") for gate in backward.gates)
+
+
+def test_interleaved_pairs_too():
+    assert measure(make_case("qk_norm_rope", layout="interleaved", dtype="fp32")).outcome == "measured"
+
+
+@pytest.mark.sweep
+def test_compiled_code_takes_part():
+    result = measure(make_case("gelu", implementations=["compile", "eager"], peers=["PyTorch"], dtype="fp32"))
+    assert result.ours == "compile" and result.ratios.keys() == {"eager", "PyTorch"}
+    assert result.seconds().keys() == {"compile", "eager"}, "a peer is no figure of ours"
+
+
+def planted(monkeypatch, op: str, **changes: object) -> None:
+    """Change the op's subject: fields by functions of it."""
+    make = SUBJECTS[op]
+
+    def changed(case: KernelCase, device: torch.device) -> object:
+        subject = make(case, device)
+        return dataclasses.replace(subject, **{name: change(subject) for name, change in changes.items()})
+
+    monkeypatch.setitem(SUBJECTS, op, changed)
+
+
+def test_a_red_gate_reports_no_speed(monkeypatch):
+    """The truth is eager in float64, so that eager itself, wrong in its own dtype alone, is red."""
+
+    def wrong(subject):
+        right = subject.ours("eager")
+        return lambda name: Contender(lambda given: right(given) * (1 if given.x.dtype == torch.float64 else 1.1))
+
+    planted(monkeypatch, "gelu", ours=wrong)
+    result = measure(make_case("gelu"))
+    assert result.outcome == "gate failed" and "output 0: relative error 1.0" in result.reason
+    assert result.times == {} and result.medians == {} and result.ratios == {}
+    assert result.faults() == [result.reason] and [gate.passed for gate in result.gates] == [False, False]
+
+
+def boom(_given: object) -> torch.Tensor:
+    raise RuntimeError("backend raised:\nno such kernel\nmore")
+
+
+def test_a_peer_s_trouble_is_told_and_costs_nothing_of_ours(monkeypatch):
+    def late(given):
+        """Right in the gate, where nothing asks for gradients."""
+        if given.x.requires_grad:
+            raise MemoryError("no room")
+        return torch.nn.functional.gelu(given.x, approximate="tanh")
+
+    peers = {"PyTorch": boom, "other": lambda given: given.x, "late": late}
+    planted(monkeypatch, "gelu", peers=lambda _: {k: lambda f=f: Contender(f) for k, f in peers.items()})
+    case = make_case("gelu").model_copy(update={"peers": [*peers]})
+    result = measure(case)
+    assert result.outcome == "measured" and result.medians.keys() == {"eager"}
+    assert result.unavailable["PyTorch"] == "RuntimeError: no such kernel"
+    assert result.unavailable["other"].startswith("computes something else")
+    assert result.unavailable["late"] == "MemoryError: no room"
+
+
+def test_what_fails_is_a_result(monkeypatch):
+    planted(monkeypatch, "gelu", ours=lambda _: lambda name: Contender(boom))
+    result = measure(make_case("gelu"))
+    assert result.outcome == "failed" and result.reason == "RuntimeError: no such kernel"
+    assert result.faults()
+
+
+def test_too_little_memory_is_no_fault():
+    result = measure(make_case("gelu", tokens=10_000_000, width=10_000_000))
+    assert result.outcome == "out of memory" and result.faults() == []
+
+
+def test_cases_for_a_gpu_are_skipped_and_the_other_way_round():
+    assert "needs a GPU" in measure(make_case("gelu", device="gpu")).reason
+    gpu = dataclasses.replace(CPU_HARDWARE, kind="cuda")
+    session = kernels._Session(gpu, torch.device("cpu"), {}, str, StopRequest())
+    assert session.measure(make_case("gelu")).outcome == "skipped"
+
+
+def test_a_stop_leaves_an_unfinished_case_out():
+    stop = StopRequest()
+    stop.request()
+    with pytest.raises(Stopped):
+        measure(make_case("gelu"), stop)
+
+
+def test_a_set_counts_the_bytes_of_packed_weights_too():
+    subject = SUBJECTS["nf4_linear"](make_case("nf4_linear"), torch.device("cpu"))
+    given = subject.inputs(kernels.DeviceFiller(torch.device("cpu")))
+    assert bytes_of(given) == sum(t.nbytes for t in (given.x, given.weight, given.bias)) + given.packed.nbytes
+
+
+RECORD = {"launch": "gelu bfloat16", "kernel": "forward_kernel", "chip": "sm_90", "dot": False, "registers": 30,
+          "spilled_bytes": 0, "shared_bytes": 0, "shared_limit": 1, "widest_load": 16, "widest_store": 16, "narrow": 0,
+          "tensor_core": 0, "bulk_copies": 0}  # fmt: skip
+
+
+def test_of_a_kernel_s_variants_the_worst_is_told():
+    others = [{**RECORD, "registers": 40, "widest_load": 4}, {**RECORD, "kernel": "backward_kernel"}]
+    worst = resources.worst_of([RECORD, *others])
+    assert [(each["kernel"], each["variants"]) for each in worst] == [("forward_kernel", 2), ("backward_kernel", 1)]
+    assert worst[0]["registers"] == 40 and worst[0]["widest_load"] == 4 and worst[0]["widest_store"] == 16
+
+
+@pytest.mark.parametrize(("launch", "mine"), [("gelu bfloat16", True), ("int8 rows float32", True), ("nf4 x", False)])
+def test_launches_belong_to_the_ops_that_begin_with_their_name(launch, mine):
+    assert resources._is_of(launch, {"gelu", "int8_w8a8"}) is mine
+
+
+def test_without_triton_nothing_is_compiled_and_that_is_told(monkeypatch):
+    lines = []
+    monkeypatch.setattr(resources.sys, "executable", "/nowhere/python")
+    assert resources.resources_of({"gelu"}, lines.append) == []
+    assert "nothing could be compiled" in lines[-1]
