@@ -127,7 +127,7 @@ TABLE = (
     Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 1024}, 4), "gfx942", width=128),
     Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 1024}, 8), "gfx942", width=256),
     # On plain arithmetic units, since float32 stays float32.
-    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 32}, 8, 1), dtype=torch.float32),
+    Row("lora_linear.forward", Configuration({"ROWS": 16, "COLUMNS": 32}, 4, 2), dtype=torch.float32),
     Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 512}, 8, 2), dtype=torch.float32),
     Row("lora_linear.backward", Configuration({"ROWS": 16, "COLUMNS": 32, "CHUNK": 512}, 8), None, torch.float32, 128),
     Row("lora_linear.backward", Configuration({"ROWS": 16, "COLUMNS": 16, "CHUNK": 512}, 8), None, torch.float32, 256),
