@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from typing import Any
@@ -120,11 +121,19 @@ def test_frames_to_come_change_nothing():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("implementation", ["triton", pytest.param("compile", marks=pytest.mark.sweep)])
-@pytest.mark.parametrize("name", ["tiny/ltx-video-0.9.0", "tiny/ltx2"])
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        ("tiny/ltx2", "triton"),
+        pytest.param("tiny/ltx-video-0.9.0", "triton", marks=pytest.mark.sweep),
+        pytest.param("tiny/ltx-video", "triton", marks=pytest.mark.sweep),
+        pytest.param("tiny/ltx-video-0.9.0", "compile", marks=pytest.mark.sweep),
+        pytest.param("tiny/ltx2", "compile", marks=pytest.mark.sweep),
+    ],
+)
 def test_norm_and_activation_inside_the_op(name, implementation):
     """By kernels in Triton's interpreter, and compiled."""
-    vae, frames = make(name), clip(17, 32, 32)
+    vae, frames = copy.deepcopy(make(name)), clip(17, 32, 32)
     truth, names = whole(vae, frames), dict(vae.state_dict())
     kernels = everything(implementation)
     assert apart(in_chunks(vae, frames, chunk=8, kernels=kernels), truth) <= FLOAT32
