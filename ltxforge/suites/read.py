@@ -181,7 +181,7 @@ def _fault(key: Key, error: Mapping[str, Any], kind: type[Suite]) -> Fault:
     if error["type"] == "value_error":
         what, _, hint = str(error["ctx"]["error"]).partition("; ")
         return Fault(key, f"{name} = {toml(value)} {what}", hint)
-    if error["type"] == "too_short":
+    if error["type"] == "too_short" and not value:
         return Fault(key, f"{name} is empty", "at least one, or leave it out for the default")
     if typing.get_origin(item.annotation) is dict:
         return Fault(key, f"{name} is a table of positive numbers", "for example floors = { eager = 2.0 }")

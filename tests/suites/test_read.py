@@ -9,6 +9,7 @@ import pytest
 from ltxforge.errors import PlanError, RecipeError
 from ltxforge.shapes import ClipShape
 from ltxforge.suites import read as suites
+from ltxforge.suites.kernels import OPS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GOOD = 'suite = "step"\n[[case]]\nname = "a"\nmodel = "tiny/ltx2"\nsize = "64x64x9"\n'
@@ -115,3 +116,51 @@ def test_the_issue_s_cases_are_in_the_step_suite():
     wanted = [c for c in cases if c.model == "2.0-dev" and c.trained == "both" and c.steps == 20]
     assert {str(case.shape) for case in wanted} >= {"768x512x49", "768x512x121"}
     assert any(case.spec.tiny for case in cases), "something must run without a GPU"
+
+
+KERNEL = 'suite = "kernels"\n[[case]]\nname = "a"\nop = "gelu"\ntokens = 4\nwidth = 8\n'
+
+
+@pytest.mark.parametrize(("line", "key", "message", "hint"), [
+    ("rank = 4", "case.0.rank", "gelu has no `rank`", "it needs tokens, width"),
+    ('op = "lora_linear"', "case.0.op", "lora_linear needs `out`", "tokens, width, out, rank"),
+    ('op = "gellu"', "case.0.op", "op must be one of", 'did you mean "gelu"'),
+    ('timed = "backward"\nop = "flow_matching_noise"', "case.0.timed", "has no backward of its own", "forward"),
+    ('peers = ["PEFT"]', "case.0.peers", 'gelu has no peer "PEFT"', "legal here: PyTorch"),
+    ("floors = { PyTorch = 2.0 }", "case.0.floors", '"PyTorch" has a floor and is not measured', "add it to `peers`"),
+    ("floors = { eager = -2.0 }", "case.0.floors", "floors is a table of positive numbers", "floors ="),
+    ("extent = [1, 2]", "case.0.extent", "extent must be a list of 3", ""),
+])  # fmt: skip
+def test_a_case_of_an_op_says_what_the_op_needs_and_no_more(line, key, message, hint):
+    text = KERNEL.replace('op = "gelu"\n', "") + line + "\n" if "op = " in line else KERNEL + line + "\n"
+    found = problems(text)
+    assert any(k == key and message in what and hint in h for k, what, h, _ in found), found
+
+
+def test_a_floor_may_be_about_ours():
+    case = suites.parse(KERNEL + "floors = { eager = 3, compile = 1.0 }\n".replace("3,", "3.0,"), "my.toml").case[0]
+    assert case.floors == {"eager": 3.0, "compile": 1.0}
+
+
+def test_ltxforge_s_own_suites_are_found_by_name_in_the_source_tree(monkeypatch, tmp_path):
+    assert suites.find("kernels") == ROOT / "bench" / "kernels.toml"
+    assert suites.find("my/own.toml") == Path("my/own.toml")
+    monkeypatch.setattr(suites, "SOURCE_TREE", tmp_path)
+    with pytest.raises(PlanError, match="(?s)not part of an installed package.*Clone"):
+        suites.find("step")
+
+
+def test_the_kernels_suite_covers_every_op_on_a_gpu_and_something_on_a_cpu():
+    cases = suites.load(ROOT / "bench" / "kernels.toml").case
+    assert {case.op for case in cases if case.device == "gpu"} == set(OPS)
+    assert any(case.device == "cpu" for case in cases)
+
+
+def test_the_kernels_suite_has_the_shapes_and_floors_that_the_targets_are_about():
+    cases = [case for case in suites.load(ROOT / "bench" / "kernels.toml").case if case.device == "gpu"]
+    lora = {(case.tokens, case.width, case.out, case.rank) for case in cases if case.op == "lora_linear"}
+    sizes = [(6144, 2048, 2048), (6144, 4096, 4096), (6144, 4096, 16384), (6144, 16384, 4096), (1024, 4096, 4096),
+             (126, 2048, 2048)]  # fmt: skip
+    assert lora == {(*size, rank) for size in sizes for rank in (32, 128)}
+    nf4 = next(case for case in cases if (case.op, case.out, case.width) == ("nf4_dequantise", 16384, 4096))
+    assert nf4.floors["bitsandbytes"] == 1.3
