@@ -22,7 +22,7 @@ from typing import Any
 import ltxforge_kernels
 import torch
 
-from ltxforge.benchmarks import kernels, step
+from ltxforge.benchmarks import encode, kernels, memory, step
 from ltxforge.benchmarks.against import Baseline, compare, read_baseline
 from ltxforge.benchmarks.bench import Bench, Told
 from ltxforge.benchmarks.ceilings import clocks
@@ -42,7 +42,12 @@ from ltxforge.ui.screen import Screen
 
 FORMAT = 2
 PACKAGES = ("diffusers", "transformers", "peft", "triton", "bitsandbytes", "liger_kernel")
-KINDS: dict[str, Callable[..., Bench]] = {"kernels": kernels.begin, "step": step.begin}
+KINDS: dict[str, Callable[..., Bench]] = {
+    "kernels": kernels.begin,
+    "step": step.begin,
+    "encode": encode.begin,
+    "memory": memory.begin,
+}
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,8 @@ class _Session:
     def __init__(
         self, suite: Suite, path: Path, request: Request, hardware: Hardware, deadline: float | None
     ) -> None:  # fmt: skip
-        if suite.suite not in KINDS:
-            raise PlanError(f"the suite {suite.suite!r} cannot be measured yet", where=str(path))
         self.suite, self.hardware, self.deadline = suite, hardware, deadline
+        self.named = request.named
         self.target = results_file(path, request.out, hardware)
         self.head = about(suite, command(path, request.named), hardware)
         self.baseline: Baseline | None = read_baseline(request.against, self.head) if request.against else None
@@ -121,30 +125,38 @@ class _Session:
                 raise Stopped(stop.signal_number, f"stopped before {case.name}; what was measured is in {self.target}")
             if self.deadline is not None and time.monotonic() > self.deadline:
                 told(f"no time is left for {', '.join(case.name for case in todo[number:])}: call again with --resume")
+                self._write(self._results(entries))
                 break
             result = bench.measure(case)
             told(f"{result.name}: {result.outcome}{f' ({result.reason})' if result.reason else ''}")
             entries[case.name] = json.loads(json.dumps({**result.entry(), "faults": self._faults(result)}))
-            write_json(self.target, self._results(entries))
+            self._write(self._results(entries))
         return self._show(self._results(entries), told, screen)
 
     def _results(self, entries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """The results file: the head, which cases are left, and the entries in the suite's order."""
         names = [case.name for case in self.suite.case]
         left = [name for name in names if name not in entries]
-        return {**self.head, "left": left, "cases": [entries[name] for name in names if name in entries]}
+        # Where cases were named, what an earlier call measured of others is no less true.
+        others = {name: entry for name, entry in self.finished.entries.items() if self.named and name not in names}
+        found = {**{name: entries[name] for name in names if name in entries}, **others}
+        return {**self.head, "left": left, "cases": list(found.values())}
+
+    def _write(self, results: dict[str, Any]) -> None:
+        """The results file, and the same as a table and a plot beside it."""
+        write_json(self.target, results)
+        write_file(self.target.with_suffix(".md"), markdown(results, results["cases"]))
+        if chart := ratio_chart_svg(results, results["cases"]):
+            write_file(self.target.with_suffix(".svg"), chart)
 
     def _show(self, results: dict[str, Any], told: Told, screen: Screen) -> list[str]:
-        """Tables on the screen and beside the results file, the plot; gives what is wrong."""
+        """Tables on the screen; gives what is wrong."""
         entries = results["cases"]
         if not entries:
             return []
         if records := results.get("resources"):
             screen.show(resources_table(records))
         screen.show(results_table(self.suite.suite, entries))
-        write_file(self.target.with_suffix(".md"), markdown(results, entries))
-        if chart := ratio_chart_svg(results, entries):
-            write_file(self.target.with_suffix(".svg"), chart)
         told(f"results: {self.target}")
         faults = [f"{entry['name']}: {fault}" for entry in entries for fault in entry["faults"]]
         return faults + (self._slower(entries, screen) if self.baseline else [])

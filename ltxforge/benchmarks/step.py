@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ltxforge.benchmarks import quality, timing
 from ltxforge.benchmarks.bench import Bench, Told
-from ltxforge.benchmarks.step_peers import on_device
+from ltxforge.benchmarks.step_peers import StockStep, on_device
 from ltxforge.benchmarks.step_watch import StepWatch, train_watched
 from ltxforge.benchmarks.synthetic import model_tokens, plan_of, synthetic_batch, tokens_of, tokens_told
+from ltxforge.dataset.batches import Batch
 from ltxforge.errors import NonFiniteError, Stopped
 from ltxforge.events import Event
 from ltxforge.hardware import (
@@ -164,13 +165,12 @@ class Ours:
 
 
 class Peer:
-    """The stock step over our model's weights, on the same batch."""
+    """The stock step, eager or compiled, on one synthetic batch."""
 
-    def __init__(self, name: str, ours: Ours, case: TrainingCase) -> None:
-        self.step = quality.stock_of(ours.plan, ours.model, case.spec, ours.model.dtype)
-        self.batches = [ours.batch] * case.accumulate
+    def __init__(self, name: str, step: StockStep, batch: Batch) -> None:
+        self.step, self.batches = step, [batch] * step.plan.training.accumulate
         if name == COMPILED_PEER:
-            self.step.compile_blocks()
+            step.compile_blocks()
 
     def run(self, steps: int) -> list[float]:
         seconds, _ = self.step.run(self.batches, on_device(self.step.device), range(steps))
@@ -265,7 +265,9 @@ class Rounds:
         held = allocated(device) - self._weights_on(device)
         reset_peak(device)
         try:
-            self.contenders[name] = Peer(name, self.ours, self.case)
+            ours = self.ours
+            stock = quality.stock_of(ours.plan, ours.model, self.case.spec, ours.model.dtype)
+            self.contenders[name] = Peer(name, stock, ours.batch)
             self._turn(name, self.case.warmup_steps, self.shares[0])
         except (RuntimeError, MemoryError) as error:
             self.contenders.pop(name, None)

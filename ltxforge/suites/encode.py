@@ -6,14 +6,21 @@ A case becomes numbers in `benchmarks/encode.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from ltxforge.model_spec import ModelSpec
 from ltxforge.shapes import ClipShape
 from ltxforge.suites.case import Case, Result
+from ltxforge.suites.kernels import Gate, Timing
 from ltxforge.suites.sizes import EXAMPLES, MODELS, Models, Size, parse_shape
+
+OURS = "ltxforge"
+WHOLE, CHANNELS_LAST = "diffusers", "diffusers, channels last"
+FRAMEWISE, TILED = "diffusers, framewise", "diffusers, tiled"
+ANOTHER_FUNCTION = (FRAMEWISE, TILED)
+"""They blend overlapping pieces, which is not the latent of the clip: faster or smaller, it is no peer to beat."""
 
 
 class EncodeCase(Case):
@@ -22,11 +29,15 @@ class EncodeCase(Case):
     model: Models  # type: ignore[valid-type]
     size: Size
     precision: Literal["bf16", "fp32"] = "bf16"
-    chunk: Annotated[int, Field(ge=8, le=10_000, multiple_of=8)] | None = Field(
-        None, description="Frames at a time. Default: what the encoder itself takes."
+    kernels: Literal["triton", "compile", "eager"] | None = Field(
+        None, description="How convolutions are carried out. Default: as the planner chooses on this machine."
     )
     repeats: Annotated[int, Field(ge=1, le=1000)] = 5
+    most_gb: Annotated[float, Field(gt=0, le=1000)] | None = Field(
+        None, description="The most that ours may take above the weights on a GPU, in units of 1e9 bytes."
+    )
 
+    known_peers: ClassVar[tuple[str, ...]] = (WHOLE, CHANNELS_LAST, FRAMEWISE, TILED)
     examples: ClassVar[dict[str, str]] = EXAMPLES
 
     @property
@@ -42,11 +53,37 @@ class EncodeCase(Case):
 
 @dataclass(frozen=True)
 class EncodeResult(Result):
-    """What encoding one clip took: medians and peaks above the weights by implementation or peer."""
+    """What encoding one clip took, by contender: ours and each peer.
 
-    medians: dict[str, float] = field(default_factory=dict)
+    Attributes:
+        times: seconds of one clip, from frames on the host to latents on the host.
+        peak_bytes: what the device held at most beside the weights; empty where it does not count.
+        gates: what was checked first; if one is red, nothing was timed.
+        unavailable: peer → why it was not measured.
+        deviations: peer that computes another function → how far its latents are from the clip's.
+    """
+
+    times: dict[str, Timing] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    gates: tuple[Gate, ...] = ()
+    unavailable: dict[str, str] = field(default_factory=dict)
+    deviations: dict[str, float] = field(default_factory=dict)
+    weights_bytes: int | None = None
 
     def seconds(self) -> dict[str, float]:
-        """Every median."""
-        return self.medians
+        """Our median; a peer that got slower is no fault of ours."""
+        return {OURS: self.times[OURS].median} if OURS in self.times else {}
+
+    def missed_floors(self) -> list[str]:
+        """Also: more memory than the case allows."""
+        most, taken = self.case.get("most_gb"), self.peak_bytes.get(OURS, 0) / 1e9
+        too_much = [f"takes {taken:.2f} GB above the weights, more than {most:g}"] if most and taken > most else []
+        return super().missed_floors() + too_much
+
+    def entry(self) -> dict[str, Any]:
+        """With frames per second."""
+        frames = parse_shape(self.case["size"]).frames
+        return {
+            **super().entry(),
+            "frames_per_second": {name: frames / each.median for name, each in self.times.items()},
+        }

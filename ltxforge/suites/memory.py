@@ -11,24 +11,42 @@ from typing import Annotated
 from pydantic import Field
 
 from ltxforge.suites.case import Result
-from ltxforge.suites.step import StepCase
+from ltxforge.suites.step import TrainingCase
+
+OURS = "ltxforge"
+RESERVED_GIB = 0.7
+"""What context and desktop take of a card."""
 
 
-class MemoryCase(StepCase):
+class MemoryCase(TrainingCase):
     """A training step on a card of `cap_gb`: it must fit, or the case is red."""
 
-    cap_gb: Annotated[float, Field(gt=0, le=1000)] = Field(description="GiB that a card of this kind is sold with.")
+    cap_gb: Annotated[float, Field(ge=1, le=1000)] = Field(description="GiB that a card of this kind is sold with.")
     steps: Annotated[int, Field(ge=1, le=1000)] = 3
+    warmup_steps: Annotated[int, Field(ge=1, le=1000)] = 2
+
+    @property
+    def cap_bytes(self) -> int:
+        """What is left of the card for PyTorch."""
+        return round((self.cap_gb - RESERVED_GIB) * 2**30)
 
 
 @dataclass(frozen=True)
 class MemoryResult(Result):
-    """What the steps took under the cap: peaks and medians by implementation or peer."""
+    """What the steps took under the cap, by contender, each in a process of its own: ours and each peer.
+
+    Attributes:
+        cap_bytes: None where nothing can be capped, on a CPU.
+        peak_bytes: contender → "allocated" and "reserved" by PyTorch on the device, "resident" of the process.
+        medians: contender → seconds of a step.
+        unavailable: peer → why it was not measured; under a cap that is mostly too little memory.
+    """
 
     cap_bytes: int | None = None
-    peak_bytes: dict[str, int] = field(default_factory=dict)
+    peak_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
     medians: dict[str, float] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
 
     def seconds(self) -> dict[str, float]:
-        """Every median."""
-        return self.medians
+        """Our median; a peer that got slower is no fault of ours."""
+        return {OURS: self.medians[OURS]} if OURS in self.medians else {}

@@ -55,12 +55,13 @@ def step_row(entry: Entry) -> Row:
     peaks = entry["peak_bytes"]
     return {
         "case": entry["name"],
-        "step": duration(entry["step_seconds_median"]),
+        "step": brief(entry["step_seconds_median"]),
         **{name: duration(phases[key]) for name, key in PHASES.items()},
         "peak": size(peaks.get("allocated", peaks.get("resident", 0))),
         "weights": size(entry["weights_bytes"] or 0),
         "tokens": " + ".join(f"{count}" for name, count in entry["tokens"].items() if name != "prompt"),
         "TFLOP/s": "" if rate is None else f"{rate:.3g}",
+        **({"launches": f"{entry['launches']}"} if entry.get("launches") else {}),
         **ratio_cells(entry),
     }
 
@@ -71,6 +72,32 @@ PHASES = {"forward": "forward", "backward": "backward", "update": "optimizer"}
 def ratio_cells(entry: Entry) -> Row:
     """`vs <peer>`: how many times our time the peer took."""
     return {f"vs {peer}": f"{ratio:.2f}" for peer, ratio in entry["ratios"].items()}
+
+
+def encode_row(entry: Entry) -> Row:
+    """Seconds of a clip by ours, memory beside the weights, every ratio, and which peers compute something else."""
+    ours, peaks = entry["times"]["ltxforge"], entry["peak_bytes"]
+    return {
+        "case": entry["name"],
+        "clip": brief(ours["median"]),
+        "p20 to p80": f"{brief(ours['p20'])} to {brief(ours['p80'])}",
+        "frames/s": f"{entry['frames_per_second']['ltxforge']:.3g}",
+        "weights": size(entry["weights_bytes"] or 0),
+        **{f"above them, {name}": size(peak) for name, peak in peaks.items()},
+        **ratio_cells(entry),
+        **{f"{name} differs by": f"{apart:.2g}" for name, apart in entry["deviations"].items()},
+    }
+
+
+def memory_row(entry: Entry) -> Row:
+    """What ours and the peers took under the cap, and their steps."""
+    cap = entry["cap_bytes"]
+    cells = {"case": entry["name"], "cap": "none" if cap is None else size(cap)}
+    for name, median in entry["medians"].items():
+        peaks = entry["peak_bytes"][name]
+        cells[f"peak, {name}"] = size(peaks.get("reserved", peaks.get("resident", 0)))
+        cells[f"step, {name}"] = brief(median)
+    return cells
 
 
 def kernels_row(entry: Entry) -> Row:
@@ -134,7 +161,12 @@ def rates(ceilings: Mapping[str, float]) -> str:
     )
 
 
-ROWS: dict[str, Callable[[Entry], Row]] = {"kernels": kernels_row, "step": step_row}
+ROWS: dict[str, Callable[[Entry], Row]] = {
+    "kernels": kernels_row,
+    "step": step_row,
+    "encode": encode_row,
+    "memory": memory_row,
+}
 """Kind of suite → what makes a row of a measured case's entry."""
 FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "ceilings": rates,
