@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from ltxforge_kernels.choice import EAGER, Kernels
 from torch import nn
 
 from ltxforge.specs import ModelSpec
@@ -44,6 +45,7 @@ class BaseModel:
         self._make_transformer = parts.transformer
         self._transformer: Any = None
         self._checkpoint_every = 0
+        self.kernels: Kernels = EAGER
 
     @property
     def transformer(self) -> Any:

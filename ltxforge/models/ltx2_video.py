@@ -101,15 +101,15 @@ class LTX2Video(BaseModel):
             name: self._stream(name, tokens, prompts.embeds[name], prompts.mask, noisy)
             for name, tokens in noisy.streams.items()
         }
-        return transformer_forward(self.transformer, Streams(**given), self._checkpoint_every)
+        return transformer_forward(self.transformer, Streams(**given), self._checkpoint_every, self.kernels)
 
     def _stream(self, name: str, noisy: NoisyTokens, embeds: Tensor, mask: Tensor | None, clip: Noisy) -> Stream:
         assert has(self.modalities, name), f"{name} takes no part in a run on {self.modalities}"
         rope, cross_rope = self._ropes(name, clip, noisy.tokens.shape[1])
         return Stream(
             tokens=noisy.tokens.to(self.device, self.dtype),
-            timesteps=noisy.timesteps.to(self.device),
-            sample_timesteps=noisy.sample_timesteps.to(self.device),
+            timesteps=noisy.timesteps,
+            sample_timesteps=noisy.sample_timesteps,
             prompts=embeds.to(self.device, self.dtype),
             prompt_mask=None if mask is None else mask.to(self.device),
             rope=rope,

@@ -21,6 +21,8 @@ WIRINGS = [
     "tiny/ltx-video-0.9.8",
     "tiny/ltx-video-13b",
 ]
+pytestmark = pytest.mark.usefixtures("stock_in_float64")
+
 CPU = torch.device("cpu")
 SHAPE = LatentShape(frames=3, height=2, width=5)
 FPS = 24.0

@@ -15,6 +15,8 @@ from ltxforge.shapes import LatentShape
 from ltxforge.specs_ltx2 import LTX2_TINY
 
 WIRINGS = list(LTX2_TINY)
+pytestmark = pytest.mark.usefixtures("stock_in_float64")
+
 CPU = torch.device("cpu")
 SHAPE = LatentShape(frames=3, height=2, width=3)
 AUDIO_LENGTH = 7
