@@ -1,17 +1,18 @@
-"""The verb `bench`: measures a suite's cases one after the other and keeps what it found.
+"""The verb `bench`: measures suites, one case after the other, and keeps what it found.
 
-Decides what a results file says and where it lies. After each case the file is written anew, so that a machine that is
-taken away keeps what was measured. How a case is measured: `step_benchmark.py`.
+Decides what a results file says and where it lies, and what makes the exit status an error. After each case the file is
+written anew, so that a machine that is taken away keeps what was measured. How a case is measured: `benchmarks/`.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import os
 import re
 import shlex
-import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,78 +20,144 @@ from typing import Any
 
 import torch
 
+from ltxforge.benchmarks import step
+from ltxforge.benchmarks.against import Baseline, compare, read_baseline
+from ltxforge.benchmarks.bench import Bench, Told
+from ltxforge.benchmarks.finished import Finished, read_finished
 from ltxforge.distributed import refuse_several_processes
-from ltxforge.durable import faults_told, write_json
-from ltxforge.errors import NonFiniteError
+from ltxforge.durable import faults_told, write_file, write_json
+from ltxforge.errors import BenchmarkError, PlanError, Stopped
 from ltxforge.events import Note
 from ltxforge.hardware import Hardware, detect
-from ltxforge.lora.targets import match
 from ltxforge.signals import StopRequest
-from ltxforge.step_benchmark import measure
-from ltxforge.suites import StepResult, Suite
+from ltxforge.suites.case import Result
+from ltxforge.suites.read import Suite
 from ltxforge.ui.dispatch import Dispatcher
-from ltxforge.ui.results_table import results_table
+from ltxforge.ui.ratio_chart import ratio_chart_svg
+from ltxforge.ui.results_table import against_table, markdown, results_table
 from ltxforge.ui.screen import Screen
 
-FORMAT = 1
-PACKAGES = ("diffusers", "transformers", "peft", "triton")
-HOW = {
-    "step_seconds": "whole steps of the trainer's own loop after warm-up, from one synchronisation with the device to"
-    " the next; latents and prompts are synthetic and already in the host's memory, weights random",
-    "phase_seconds": "medians; backward holds the loss, what checkpointing recomputes, and clipping",
-    "peak_bytes": "allocated and reserved by PyTorch on the device while training, weights included; resident: of the"
-    " whole process on the host",
-    "model_flops": "per step: 2 for each multiply-add of every matrix product in forward and backward, attention"
-    " included, without gradients of frozen weights and without what checkpointing recomputes",
-    "tflops_per_second": "model_flops / the median step",
-}
+FORMAT = 2
+PACKAGES = ("diffusers", "transformers", "peft", "triton", "bitsandbytes", "liger_kernel")
+KINDS: dict[str, Callable[..., Bench]] = {"step": step.begin}
 
 
-def run(suite: Suite, path: Path, named: Sequence[str], out: Path | None, screen: Screen) -> Path:
-    """Measure the suite's cases and return where the results lie.
+@dataclass(frozen=True)
+class Request:
+    """What the command line said besides the suites.
 
-    Args:
-        path, named, out: the suite's file, and what --case and --out said.
+    Attributes:
+        named: the cases, all where empty.
+        out: where results go: a file, or a folder for `<suite>.json`.
+        against: an earlier results file of the same GPU.
+        resume: whether cases that the results file already holds stay as they are.
+        minutes: after how many no further case begins.
+    """
+
+    named: tuple[str, ...] = ()
+    out: Path | None = None
+    against: Path | None = None
+    resume: bool = False
+    minutes: float | None = None
+
+
+def run(suites: Sequence[tuple[Suite, Path]], request: Request, screen: Screen) -> list[Path]:
+    """Measure the suites and return where their results lie.
 
     Raises:
-        PlanError: a case's targets match nothing; before anything is built.
-        NonFiniteError: a case's loss was NaN or infinite; after all cases, everything being written.
+        PlanError: a case cannot be what it asks to be, or the baseline is another GPU's; before its suite is measured.
+        BenchmarkError: a red gate, a loss that is not finite, a missed floor, or slower than the baseline; after
+            everything is measured and written.
+        Stopped: by a signal; what was measured is written.
     """
     refuse_several_processes(os.environ)
-    for case in suite.case:
-        match(case.targets, case.spec, case.trained, case.trained)
+    if len(suites) > 1 and (request.against or (request.out and request.out.suffix == ".json")):
+        raise PlanError("--against and --out FILE.json are about one suite", remedy="Name the suite to measure.")
     hardware = detect()
-    target = out or default_results(path, hardware)
-    head = about(suite, command(path, named), hardware)
-    results: list[StepResult] = []
-    with StopRequest() as stop, faults_told(target.parent), Dispatcher([screen]) as emit:
+    deadline = None if request.minutes is None else time.monotonic() + 60 * request.minutes
+    targets, faults = [], []
+    with StopRequest() as stop, Dispatcher([screen]) as emit:
         for line in hardware.missing:
             emit(Note(line, "warning"))
-        for case in suite.case:
-            results.append(measure(case, hardware, lambda text: emit(Note(text)), stop))
-            emit(Note(_outcome(results[-1])))
-            write_json(target, {**head, "cases": [to_json(result) for result in results]})
-        screen.show(results_table(results))
-        emit(Note(f"results: {target}"))
-    _require_finite(results, target)
-    return target
+        for suite, path in suites:
+            session = _Session(suite, path, request, hardware, deadline)
+            targets.append(session.target)
+            with faults_told(session.target.parent):
+                faults += session.measure(lambda text: emit(Note(text)), stop, screen)
+    if faults:
+        remedy = f"Everything was measured and written: {', '.join(map(str, targets))}"
+        raise BenchmarkError("\n  ".join(faults), remedy=remedy)
+    return targets
 
 
-def _outcome(result: StepResult) -> str:
-    return f"{result.name}: {result.outcome}{f' ({result.reason})' if result.reason else ''}"
+class _Session:
+    """One suite's measuring: what it will write, what an earlier call left, and what is to be compared."""
+
+    def __init__(
+        self, suite: Suite, path: Path, request: Request, hardware: Hardware, deadline: float | None
+    ) -> None:  # fmt: skip
+        if suite.suite not in KINDS:
+            raise PlanError(f"the suite {suite.suite!r} cannot be measured yet", where=str(path))
+        self.suite, self.hardware, self.deadline = suite, hardware, deadline
+        self.target = results_file(path, request.out, hardware)
+        self.head = about(suite, command(path, request.named), hardware)
+        self.baseline: Baseline | None = read_baseline(request.against, self.head) if request.against else None
+        self.finished: Finished = read_finished(self.target, self.head) if request.resume else Finished()
+
+    def measure(self, told: Told, stop: StopRequest, screen: Screen) -> list[str]:
+        """Measure every case that is not finished yet; gives what is wrong, one line each."""
+        entries, todo = self.finished.kept(self.suite.case), self.finished.order(self.suite.case)
+        if entries:
+            told(f"measured before, and kept: {', '.join(entries)}")
+        if todo:
+            bench = KINDS[self.suite.suite](todo, self.hardware, told, stop)
+            self.head |= {"how": bench.how, **bench.facts}
+        for number, case in enumerate(todo):
+            if stop.requested:
+                raise Stopped(stop.signal_number, f"stopped before {case.name}; what was measured is in {self.target}")
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                told(f"no time is left for {', '.join(case.name for case in todo[number:])}: call again with --resume")
+                break
+            result = bench.measure(case)
+            told(f"{result.name}: {result.outcome}{f' ({result.reason})' if result.reason else ''}")
+            entries[case.name] = json.loads(json.dumps({**result.entry(), "faults": self._faults(result)}))
+            write_json(self.target, self._results(entries))
+        return self._show(self._results(entries), told, screen)
+
+    def _results(self, entries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        """The results file: the head, which cases are left, and the entries in the suite's order."""
+        names = [case.name for case in self.suite.case]
+        left = [name for name in names if name not in entries]
+        return {**self.head, "left": left, "cases": [entries[name] for name in names if name in entries]}
+
+    def _show(self, results: dict[str, Any], told: Told, screen: Screen) -> list[str]:
+        """Tables on the screen and beside the results file, the plot; gives what is wrong."""
+        entries = results["cases"]
+        if not entries:
+            return []
+        screen.show(results_table(self.suite.suite, entries))
+        write_file(self.target.with_suffix(".md"), markdown(results, entries))
+        if chart := ratio_chart_svg(results, entries):
+            write_file(self.target.with_suffix(".svg"), chart)
+        told(f"results: {self.target}")
+        faults = [f"{entry['name']}: {fault}" for entry in entries for fault in entry["faults"]]
+        return faults + (self._slower(entries, screen) if self.baseline else [])
+
+    def _faults(self, result: Result) -> list[str]:
+        """What is wrong with a result here: floors are about GPUs."""
+        return result.faults() + (result.missed_floors() if self.hardware.kind in ("cuda", "rocm") else [])
+
+    def _slower(self, entries: Sequence[dict[str, Any]], screen: Screen) -> list[str]:
+        """Where the baseline was faster by more than the tolerance."""
+        compared = compare(self.baseline, entries)
+        screen.show(against_table(compared))
+        return [each.told() for each in compared if each.is_slower]
 
 
-def _require_finite(results: Sequence[StepResult], target: Path) -> None:
-    if broken := [result.name for result in results if result.outcome == "not finite"]:
-        raise NonFiniteError(
-            f"the loss or gradient of {', '.join(broken)} was NaN or infinite: its seconds would mean nothing",
-            where=str(target),
-            remedy='Random weights should never give that; try precision = "fp32", and report it.',
-        )
-
-
-def default_results(suite: Path, hardware: Hardware) -> Path:
-    """`results/<device>/<suite>.json` beside the suite."""
+def results_file(suite: Path, out: Path | None, hardware: Hardware) -> Path:
+    """What --out names, else `results/<device>/<suite>.json` beside the suite."""
+    if out is not None:
+        return out if out.suffix == ".json" else out / f"{suite.stem}.json"
     device = hardware.name if hardware.kind != "cpu" else f"cpu-{hardware.name}"
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     return suite.parent / "results" / slug / f"{suite.stem}.json"
@@ -115,7 +182,6 @@ def about(suite: Suite, told: str, hardware: Hardware) -> dict[str, Any]:
             "memory_bytes": hardware.memory_bytes,
         },
         "versions": {**hardware.versions, **_packages(), "cuda": torch.version.cuda or torch.version.hip or "none"},
-        "how": HOW,
     }
 
 
@@ -127,14 +193,3 @@ def _packages() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def to_json(result: StepResult) -> dict[str, Any]:
-    """One case's results, with what follows from them."""
-    entry = dataclasses.asdict(result)
-    if result.step_seconds:
-        median = statistics.median(result.step_seconds)
-        entry["step_seconds_min"], entry["step_seconds_max"] = min(result.step_seconds), max(result.step_seconds)
-        entry["step_seconds_median"] = median
-        entry["tflops_per_second"] = None if result.model_flops is None else result.model_flops / median / 1e12
-    return entry

@@ -15,10 +15,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ltxforge import __version__, suites
+from ltxforge import __version__
 from ltxforge.errors import LtxforgeError
 from ltxforge.recipe import parse
 from ltxforge.recipe.json_schema import recipe_schema
+from ltxforge.suites import read as suites
 
 app = typer.Typer(
     add_completion=False,
@@ -33,12 +34,27 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. run.steps=500. Repeatable."),
 ]
-SuiteFile = Annotated[Path, typer.Argument(metavar="[SUITE.toml]", help="The cases to measure, a TOML file.")]
+SuiteName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[kernels|step|encode|memory|SUITE.toml]",
+        help="One of ltxforge's own suites, or a file of cases. Default: kernels, then step.",
+        show_default=False,
+    ),
+]
 Cases = Annotated[list[str] | None, typer.Option("--case", metavar="NAME", help="Only this case. Repeatable.")]
 Results = Annotated[
     Path | None,
-    typer.Option("--out", metavar="FILE.json", help="Results; default results/<device>/<suite>.json beside the suite."),
+    typer.Option(
+        "--out", metavar="FILE.json|FOLDER", help="Results; default results/<device>/<suite>.json beside the suite."
+    ),
 ]
+Against = Annotated[
+    Path | None,
+    typer.Option(metavar="BASELINE.json", help="Compare with earlier results of the same GPU; over 5 % slower fails."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Keep what --out already holds, measure the rest.")]
+Minutes = Annotated[float | None, typer.Option(min=0, help="Begin no further case after so many minutes.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory; default runs/<recipe name>.")]
 Plain = Annotated[bool, typer.Option("--plain", help="Plain lines instead of a live display.")]
 
@@ -75,12 +91,20 @@ def run(recipe: Recipe, set_: Set = None, out: Out = None, plain: Plain = False)
 
 @app.command()
 def bench(
-    suite: SuiteFile = Path("bench/step.toml"), case: Cases = None, out: Results = None, plain: Plain = False
+    suite: SuiteName = None,
+    case: Cases = None,
+    out: Results = None,
+    against: Against = None,
+    resume: Resume = False,
+    minutes: Minutes = None,
+    plain: Plain = False,
 ) -> None:
-    """Measure training steps: seconds, memory, FLOP/s. Weights are random, nothing is downloaded."""
-    named = case or []
-    loaded = suites.load(suite, named)
-    _engine("ltxforge.benchmark").run(loaded, suite, named, out, _screen(plain))
+    """Measure kernels, training steps, encoding or memory. Weights are random, nothing is downloaded."""
+    named = tuple(case or ())
+    paths = [suites.find(word) for word in ([suite] if suite else ("kernels", "step"))]
+    loaded = [(suites.load(path, named), path) for path in paths]
+    engine = _engine("ltxforge.benchmark")
+    engine.run(loaded, engine.Request(named, out, against, resume, minutes), _screen(plain))
 
 
 @app.command()

@@ -9,6 +9,7 @@
     ├── RunError           the run directory belongs to another run, is in use, or holds nothing to resume
     ├── DeviceFullError    the device has too little memory for this plan; what was saved before is whole
     ├── DiskFullError      no space left; nothing already saved was touched
+    ├── BenchmarkError     what `bench` measured is wrong, or slower than it must be; all of it is written
     ├── NonFiniteError     loss or gradient became NaN or infinite; the weights were not changed
     └── Stopped            a signal asked to stop; not a fault
 
@@ -92,6 +93,10 @@ class NonFiniteError(LtxforgeError):
     """Loss or gradient norm is NaN or infinite. Raised before the weights change."""
 
     exit_code = 70
+
+
+class BenchmarkError(LtxforgeError):
+    """What `bench` measured is wrong, or slower than it must be. Raised after everything is measured and written."""
 
 
 class Stopped(LtxforgeError):

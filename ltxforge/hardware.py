@@ -6,7 +6,9 @@ Facts only; what follows from them is decided by the planner. The one place that
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import time
@@ -15,13 +17,21 @@ from pathlib import Path
 
 import psutil
 import torch
+from ltxforge_kernels.choice import Machine
 
 from ltxforge import __version__
+
+# Who ships a module `triton`: the project, PyTorch for AMD's GPUs, and a port to Windows.
+TRITON_PACKAGES = ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton", "triton-windows")
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device. `kind` is cuda, rocm, mps or cpu; capability is (major, minor) on cuda and (0, 0) elsewhere."""
+    """One device. `kind` is cuda, rocm, mps or cpu; capability is (major, minor) on cuda and (0, 0) elsewhere.
+
+    `gfx` names an AMD chip ("gfx942"), `triton` is its version, None where there is none, and `interpreted` whether
+    TRITON_INTERPRET is set.
+    """
 
     kind: str
     name: str
@@ -32,6 +42,16 @@ class Hardware:
     versions: dict[str, str]
     missing: tuple[str, ...]
     packages: frozenset[str]
+    gfx: str = ""
+    triton: str | None = None
+    interpreted: bool = False
+
+    @property
+    def machine(self) -> Machine:
+        """What the choice of kernels depends on."""
+        major, minor = self.capability
+        arch = {"cuda": 10 * major + minor, "rocm": self.gfx or None}.get(self.kind)
+        return Machine(self.kind, arch, self.triton, self.interpreted)
 
 
 def reset_peak(device: torch.device) -> None:
@@ -115,9 +135,12 @@ def torch_device(kind: str) -> torch.device:
 def detect() -> Hardware:
     """Look at the machine: the first GPU if there is one, else Apple's, else the CPU."""
     kind, name, capability, memory, has_bf16 = _device()
+    triton = _triton()
     return Hardware(
         kind=kind, name=name, capability=capability, memory_bytes=memory, has_bf16=has_bf16,
-        threads=torch.get_num_threads(), versions=_versions(), missing=_missing(kind), packages=_packages(),
+        threads=torch.get_num_threads(), versions=_versions(triton if kind in ("cuda", "rocm") else None),
+        missing=_missing(kind), packages=_packages(), gfx=_gfx() if kind == "rocm" else "", triton=triton,
+        interpreted=_interpreted(),
     )  # fmt: skip
 
 
@@ -134,11 +157,32 @@ def _device() -> tuple[str, str, tuple[int, int], int, bool]:
     return "cpu", platform.processor() or platform.machine(), (0, 0), 0, False
 
 
-def _versions() -> dict[str, str]:
-    """What bits depend on: torch, the CPU's vector units, the number of threads."""
+def _gfx() -> str:
+    """`gfx942` of "gfx942:sramecc+:xnack-"."""
+    return torch.cuda.get_device_properties(0).gcnArchName.partition(":")[0]
+
+
+def _triton() -> str | None:
+    """Triton's version, without importing it; "of unknown version" for a module that no package claims."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for name in TRITON_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "of unknown version"
+
+
+def _interpreted() -> bool:
+    """Whether Triton would run kernels in its interpreter; the words are Triton's own."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _versions(triton: str | None) -> dict[str, str]:
+    """What bits depend on: torch, the CPU's vector units, the number of threads; on a GPU Triton's compiler."""
     return {
         "ltxforge": __version__,
         "torch": torch.__version__,
+        **({"triton": triton} if triton else {}),
         "python": platform.python_version(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, TypeVar
 
+from ltxforge_kernels.choice import EAGER, Kernels
+
 from ltxforge.shapes import ClipShape
 
 FORMAT = 2
@@ -305,7 +307,11 @@ class Estimates:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every number of a run. `origins` says where a number came from: "recipe", "default", "device" or "weights"."""
+    """Every number of a run. `origins` says where a number came from: "recipe", "default", "device" or "weights".
+
+    `kernels` says how each op is carried out: `kernels.of("gelu", tokens)`. It may change like the device, and is told
+    likewise.
+    """
 
     name: str = free()
     seed: int
@@ -326,6 +332,7 @@ class Plan:
     directory: str = free()
     resume: str = free(default="latest")
     audio: AudioPlan | None = None
+    kernels: Kernels = free(default=EAGER)
     world_size: int = 1
     estimates: Estimates = free(default_factory=Estimates)
     notes: tuple[str, ...] = free(default=())

@@ -12,8 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltxforge_kernels.choice import OPS, Kernels
+
 from ltxforge.errors import PlanError
 from ltxforge.estimates import estimate, sample_bytes
+from ltxforge.kernel_choices import asked_for, changed, choose_kernels, implementations, used_ops
 from ltxforge.lora.init_from import LoraFile, require_trainable
 from ltxforge.lora.targets import match
 from ltxforge.modalities import has
@@ -83,13 +86,15 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     steps = recipe.run.steps or max(1, math.ceil((recipe.run.epochs or 1) * per_epoch))
     optimizer = _optimizer(recipe, facts.hardware, steps, facts.previous)
     every = recipe.checkpoint.every or min(250, steps)
+    kernels = _kernels(recipe, facts, modalities)
     plan = Plan(
         name=facts.name,
         seed=recipe.run.seed,
         steps=steps,
         steps_per_epoch=per_epoch,
         model=_identifying(facts.model, modalities),
-        device=_device(recipe, facts.hardware, facts.previous),
+        device=_device(recipe, facts.hardware, facts.previous, kernels),
+        kernels=kernels,
         data=data,
         cache=CachePlan(
             facts.cache_directory,
@@ -224,26 +229,47 @@ def _conditioning(recipe: Recipe, spec: ModelSpec) -> ConditioningPlan:
     return ConditioningPlan(conditioning.first_frame, conditioning.caption_dropout, tokens)
 
 
-def _device(recipe: Recipe, hardware: Hardware, previous: Plan | None) -> DevicePlan:
-    """A run that goes on elsewhere keeps its precisions, unless the recipe says another, and with them its cache."""
+def _precisions(recipe: Recipe, hardware: Hardware, previous: Plan | None) -> tuple[str, str]:
+    """The base's and the encoders'. A run that goes on elsewhere keeps its own, unless the recipe says another, and
+    with them its cache.
+    """
     usual = "bf16" if hardware.has_bf16 else "fp32"
     precision = recipe.training.precision or (previous.device.precision if previous else usual)
-    if previous is not None and (changes := _changes(previous, hardware)):
-        exactness, reason = "statistical", f"changed since this run began: {'; '.join(changes)}"
-    elif previous is not None and previous.device.exactness == "statistical":
-        exactness, reason = "statistical", previous.device.exactness_reason
-    elif hardware.kind == "cpu":
-        exactness, reason = "exact", "every operation of PyTorch used here adds in a fixed order on the CPU"
-    else:
-        exactness, reason = (
-            "statistical",
-            "PyTorch's fused attention adds gradients in a varying order on GPUs; draws and data order are exact",
-        )
-    encoders = previous.device.encoder_precision if previous else "fp32" if hardware.kind == "cpu" else "bf16"
+    return precision, previous.device.encoder_precision if previous else "fp32" if hardware.kind == "cpu" else "bf16"
+
+
+def _kernels(recipe: Recipe, facts: Facts, modalities: str) -> Kernels:
+    """A run that goes on keeps its own where it can, unless the recipe says another."""
+    precisions = _precisions(recipe, facts.hardware, facts.previous)
+    return choose_kernels(
+        used_ops(modalities), facts.hardware.machine, *precisions, asked=asked_for(recipe.kernels), spec=facts.spec,
+        previous=facts.previous.kernels if facts.previous else None,
+    )  # fmt: skip
+
+
+def _device(recipe: Recipe, hardware: Hardware, previous: Plan | None, kernels: Kernels) -> DevicePlan:
+    precision, encoders = _precisions(recipe, hardware, previous)
+    exactness, reason = _exactness(hardware, previous, kernels)
     return DevicePlan(
         precision=precision, encoder_precision=encoders, kind=hardware.kind, attention="PyTorch SDPA",
         exactness=exactness, exactness_reason=reason, name=hardware.name, versions=dict(hardware.versions),
     )  # fmt: skip
+
+
+def _exactness(hardware: Hardware, previous: Plan | None, kernels: Kernels) -> tuple[str, str]:
+    """Whether a resume gives the same bits, and why or why not."""
+    if previous is not None and (changes := [*_changes(previous, hardware), *changed(previous.kernels, kernels)]):
+        return "statistical", f"changed since this run began: {'; '.join(changes)}"
+    if previous is not None and previous.device.exactness == "statistical":
+        return "statistical", previous.device.exactness_reason
+    if hardware.kind != "cpu":
+        return (
+            "statistical",
+            "PyTorch's fused attention adds gradients in a varying order on GPUs; draws and data order are exact",
+        )
+    if any("compile" in implementations(choice) for choice in kernels.choices):
+        return "statistical", "torch.compile's code for a shape depends on the shapes that the process met before"
+    return "exact", "every operation of PyTorch used here adds in a fixed order on the CPU"
 
 
 def _flow(recipe: Recipe) -> FlowPlan:
@@ -421,6 +447,7 @@ def _from_library(entry: PromptEntry) -> Prompt:
 # Where an open number's value comes from when the recipe does not say it.
 _OTHER_ORIGINS = {
     "training.precision": "device",
+    **{f"kernels.{op}": "device" for op in OPS},
     "memory.checkpointing": "device",
     "model.version": "weights",
     "model.rope": "weights",
@@ -451,6 +478,9 @@ def _origins(recipe: Recipe, facts: Facts) -> dict[str, str]:
                 else "recipe" if name in facts.said
                 else _OTHER_ORIGINS.get(name, "default")
             )  # fmt: skip
+    if recipe.kernels.all:
+        unsaid = (op for op in OPS if getattr(recipe.kernels, op) is None)
+        origins |= {f"kernels.{op}": origins["kernels.all"] for op in unsaid}
     if facts.out_given:
         origins["run.directory"] = "--out"
     if recipe.run.steps is None:

@@ -15,17 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from ltxforge import benchmark, step_benchmark, suites, trainer
-from ltxforge.errors import NonFiniteError, PlanError, Stopped
+from ltxforge import benchmark, trainer
+from ltxforge.benchmarks import step
+from ltxforge.benchmarks.step import StepWatch, SyntheticData, count_flops, measure, plan_of, synthetic_batch
+from ltxforge.errors import BenchmarkError, PlanError, Stopped
 from ltxforge.hardware import detect
 from ltxforge.lora.targets import match
 from ltxforge.models import random_weights
 from ltxforge.models.random_weights import random_model
 from ltxforge.session import make_trainable
 from ltxforge.signals import StopRequest
-from ltxforge.specs import TINY
-from ltxforge.step_benchmark import StepWatch, SyntheticData, count_flops, measure, plan_of, synthetic_batch
-from ltxforge.suites import StepCase, Suite
+from ltxforge.specs import SPECS, TINY
+from ltxforge.suites.read import StepSuite, Suite
+from ltxforge.suites.step import StepCase, StepResult
 from ltxforge.ui.plain import Plain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,20 +52,20 @@ def make_case(model: str = "tiny/ltx2", **changes: object) -> StepCase:
     return StepCase(model=model, **{**settings, **changes})
 
 
-def measured(case: StepCase) -> suites.StepResult:
+def measured(case: StepCase) -> StepResult:
     """The case's result, measured once for all tests."""
     return _measured(case.model_dump_json())
 
 
 @functools.cache
-def _measured(case: str) -> suites.StepResult:
+def _measured(case: str) -> StepResult:
     return measure(StepCase.model_validate_json(case), CPU_HARDWARE, lambda _text: None, StopRequest())
 
 
 def results_of(suite: Suite, out: Path) -> tuple[dict, str]:
     """The results file, and what was shown."""
     shown = io.StringIO()
-    benchmark.run(suite, Path("bench/step.toml"), (), out, Plain(shown))
+    benchmark.run([(suite, Path("bench/step.toml"))], benchmark.Request(out=out), Plain(shown))
     return json.loads(out.read_text(encoding="utf-8")), shown.getvalue()
 
 
@@ -122,7 +124,7 @@ def test_phases_lie_within_their_step():
     plan, watch = plan_of(case, CPU_HARDWARE), StepWatch(torch.device("cpu"))
     model = random_model(case.spec, torch.device("cpu"), torch.float32, case.trained)
     optimizer = make_trainable(plan, model, lambda _event: None)
-    step_benchmark.train_watched(plan, model, synthetic_batch(case, model), optimizer, watch, StopRequest())
+    step.train_watched(plan, model, synthetic_batch(case, model), optimizer, watch, StopRequest())
     assert len(watch.step_seconds) == len(watch.phase_seconds) == 4
     for whole, phases in zip(watch.step_seconds, watch.phase_seconds, strict=True):
         assert all(seconds > 0 for seconds in phases.values())
@@ -174,7 +176,7 @@ def test_what_checkpointing_recomputes_is_not_counted():
 def test_too_little_memory_is_recorded_and_the_suite_goes_on(tmp_path):
     huge = make_case(name="huge", size="4096x4096x121", batch_size=100_000_000)
     fine = make_case("tiny/ltx-video", steps=1)
-    results, shown = results_of(Suite(suite="step", case=[huge, fine]), tmp_path / "out.json")
+    results, shown = results_of(StepSuite(suite="step", case=[huge, fine]), tmp_path / "out.json")
     first, second = results["cases"]
     assert first["outcome"] == "out of memory" and "allocate" in first["reason"]
     assert "peak_bytes" in first and first["step_seconds"] == [] and first["parameters"] is None
@@ -183,7 +185,7 @@ def test_too_little_memory_is_recorded_and_the_suite_goes_on(tmp_path):
 
 
 def test_full_size_is_skipped_without_a_gpu(tmp_path):
-    results, shown = results_of(Suite(suite="step", case=[make_case("2.0-dev")]), tmp_path / "out.json")
+    results, shown = results_of(StepSuite(suite="step", case=[make_case("2.0-dev")]), tmp_path / "out.json")
     assert results["cases"][0]["outcome"] == "skipped"
     assert "needs a GPU" in shown and "no GPU" in shown
 
@@ -191,8 +193,8 @@ def test_full_size_is_skipped_without_a_gpu(tmp_path):
 def test_a_loss_that_is_not_finite_is_written_and_then_told(tmp_path, monkeypatch):
     monkeypatch.setattr(random_weights, "WEIGHT_STD", 1e30)
     out = tmp_path / "out.json"
-    with pytest.raises(NonFiniteError, match="of a was NaN or infinite"):
-        results_of(Suite(suite="step", case=[make_case()]), out)
+    with pytest.raises(BenchmarkError, match="a: the loss or gradient was NaN or infinite"):
+        results_of(StepSuite(suite="step", case=[make_case()]), out)
     assert json.loads(out.read_text(encoding="utf-8"))["cases"][0]["outcome"] == "not finite"
 
 
@@ -204,7 +206,7 @@ def test_a_stop_leaves_an_unfinished_case_out():
 
 
 def test_targets_that_match_nothing_are_refused_before_anything_is_built(tmp_path):
-    suite = Suite(suite="step", case=[make_case(), make_case(name="b", targets=["to_nowhere"])])
+    suite = StepSuite(suite="step", case=[make_case(), make_case(name="b", targets=["to_nowhere"])])
     with pytest.raises(PlanError, match="to_nowhere"):
         results_of(suite, tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()
@@ -212,16 +214,17 @@ def test_targets_that_match_nothing_are_refused_before_anything_is_built(tmp_pat
 
 def test_what_a_results_file_says(tmp_path):
     case = make_case(name="joint")
-    results, shown = results_of(Suite(suite="step", case=[case]), tmp_path / "deep" / "out.json")
+    results, shown = results_of(StepSuite(suite="step", case=[case]), tmp_path / "deep" / "out.json")
     assert results["command"] == "ltxforge bench bench/step.toml"
-    assert results["suite"] == "step" and results["format"] == 1
+    assert results["suite"] == "step" and results["format"] == 2
     assert results["device"]["kind"] == "cpu" and results["device"]["name"] == CPU_HARDWARE.name
     assert results["versions"]["torch"] == torch.__version__ and results["versions"]["peft"]
     assert results["date"].endswith("+00:00")
     (entry,) = results["cases"]
     assert entry["name"] == "joint"
     assert entry["case"] == {
-        "model": "tiny/ltx2", "size": "64x64x9", "fps": 24.0, "modalities": "both", "batch_size": 1, "accumulate": 1,
+        "peers": [], "floors": {}, "model": "tiny/ltx2", "size": "64x64x9", "fps": 24.0,
+        "modalities": "both", "batch_size": 1, "accumulate": 1,
         "rank": 4, "targets": ["attention", "feed_forward"], "checkpointing": 1, "precision": "fp32", "steps": 3,
         "warmup_steps": 1,
     }  # fmt: skip
@@ -237,11 +240,11 @@ def test_what_a_results_file_says(tmp_path):
 
 
 def test_results_lie_beside_the_suite_by_device():
-    assert benchmark.default_results(Path("bench/step.toml"), CPU_HARDWARE) == Path(
+    assert benchmark.results_file(Path("bench/step.toml"), None, CPU_HARDWARE) == Path(
         "bench/results/cpu-some-cpu-r-2-0-ghz/step.json"
     )
     gpu = dataclasses.replace(CPU_HARDWARE, kind="cuda", name="NVIDIA H200")
-    assert benchmark.default_results(Path("bench/step.toml"), gpu) == Path("bench/results/nvidia-h200/step.json")
+    assert benchmark.results_file(Path("bench/step.toml"), None, gpu) == Path("bench/results/nvidia-h200/step.json")
 
 
 def test_the_batch_has_the_shapes_of_full_size_models():
@@ -250,7 +253,7 @@ def test_the_batch_has_the_shapes_of_full_size_models():
         case = make_case("2.0-dev", size=f"768x512x{frames}", precision="bf16")
         model = random_model(case.spec, torch.device("meta"), torch.bfloat16, "both")
         batch = synthetic_batch(case, model)
-        assert step_benchmark.tokens_of(batch) == {"video": video, "audio": audio, "prompt": 1024}
+        assert step.tokens_of(batch) == {"video": video, "audio": audio, "prompt": 1024}
         assert batch.latents.audio.shape == (1, audio, 128)
 
 
@@ -263,7 +266,7 @@ def test_the_verb_from_the_command_line(tmp_path):
     command = [sys.executable, "-m", "ltxforge", "bench", "step.toml", "--case", "tiny-ltx2", "--plain"]
     result = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     (written,) = (tmp_path / "results").glob("*/step.json")
@@ -275,7 +278,7 @@ def test_the_verb_from_the_command_line(tmp_path):
 
 def test_tiny_specs_are_what_the_suite_calls_tiny():
     """The rule by which a CPU skips a case."""
-    assert all(spec.tiny for spec in TINY.values()) and not any(spec.tiny for spec in suites.SPECS.values())
+    assert all(spec.tiny for spec in TINY.values()) and not any(spec.tiny for spec in SPECS.values())
 
 
 def gpu_script(*arguments: str) -> subprocess.CompletedProcess:

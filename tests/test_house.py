@@ -32,9 +32,9 @@ FLOORS = [
     {"recipe", "specs", "specs_ltx2", "specs_ltx_video"},
     {"plan", "suites", "media", "hardware", "distributed"},
     {"models", "lora", "flow_matching", "dataset"},
-    {"checkpoint", "optim", "run_directory", "estimates", "plan_notes"},
+    {"checkpoint", "optim", "run_directory", "estimates", "plan_notes", "kernel_choices"},
     {"trainer", "validation", "planner", "ui", "trackers"},
-    {"run", "session", "facts", "benchmark", "step_benchmark"},
+    {"run", "session", "facts", "benchmark", "benchmarks"},
     {"cli", "__main__"},
 ]
 # Neighbours on one floor that may use each other, in this direction only.
@@ -55,8 +55,8 @@ BESIDE = {
     ("ui", "trackers"),
     ("run", "facts"),
     ("run", "session"),
-    ("benchmark", "step_benchmark"),
-    ("step_benchmark", "session"),
+    ("benchmark", "benchmarks"),
+    ("benchmarks", "session"),
     ("__main__", "cli"),
 }
 # Where an import may hide in a function: `module: imported`. importlib.import_module counts.

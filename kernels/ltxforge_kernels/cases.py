@@ -43,6 +43,12 @@ HIDDEN = (
     *(TokenShape(f"13B and 19B at {name}", 1, tokens, WIDTH_13B) for name, tokens in TOKENS.items()),
     TokenShape("sound of 19B", 1, AUDIO_TOKENS, WIDTH_AUDIO),
 )
+# What the feed-forwards hold between their two layers, four times as wide.
+FEED_FORWARD = (
+    TokenShape("2B's feed-forward at 768x512x121", 1, 6144, 4 * WIDTH_2B),
+    TokenShape("13B's and 19B's feed-forward at 768x512x121", 1, 6144, 4 * WIDTH_13B),
+    TokenShape("sound's feed-forward of 19B", 1, AUDIO_TOKENS, 4 * WIDTH_AUDIO),
+)
 
 # Few rows of real widths, for the interpreter.
 FEW_LATENTS = (TokenShape("few latents", 2, 96, LATENT_CHANNELS), TokenShape("latents of sound", 1, 126, 128))

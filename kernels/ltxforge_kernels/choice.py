@@ -57,14 +57,16 @@ class TokenRange:
     implementation: Implementation
     source: str
 
-    def holds(self, tokens: int, width: int | None) -> bool:
-        """Whether a tensor is one of these; one of unknown width counts as one."""
+    def holds(self, tokens: int | None, width: int | None) -> bool:
+        """Whether a tensor is one of these. One of unknown width counts as one, of unknown tokens only if all are."""
+        if tokens is None:
+            return width == self.width and (self.least, self.most) == (0, None)
         return self.least <= tokens and (self.most is None or tokens <= self.most) and width in (None, self.width)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One op's implementation and the reason, as a plan prints them, and where another one was measured to be faster."""
+    """One op's implementation and the reason, as a plan prints them; where another one was measured to be faster."""
 
     op: str
     implementation: Implementation
@@ -72,11 +74,10 @@ class Choice:
     exceptions: tuple[TokenRange, ...] = ()
 
     def of(self, tokens: int | None = None, width: int | None = None) -> Implementation:
-        """The implementation for a tensor; without `tokens` the exceptions count for nothing."""
-        if tokens is not None:
-            for exception in self.exceptions:
-                if exception.holds(tokens, width):
-                    return exception.implementation
+        """The implementation for a tensor, by what is told of it."""
+        for exception in self.exceptions:
+            if exception.holds(tokens, width):
+                return exception.implementation
         return self.implementation
 
 

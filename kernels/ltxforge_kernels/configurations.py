@@ -78,6 +78,17 @@ TABLE = (
     Row("adaln_rms_norm.backward", Configuration({}, num_warps=16), width=16384),
     Row("adaln_rms_norm.table", Configuration({"ROWS": 32, "COLUMNS": 64})),
     Row("adaln_rms_norm.table", Configuration({"ROWS": 8, "COLUMNS": 1024}), arch=INTERPRETER),
+    # One program a row, as adaln_rms_norm's.
+    *(
+        Row(f"gated_residual.{kernel}", Configuration({}, num_warps=warps), width=width)
+        for kernel in ("residual_forward", "residual_backward", "norm_forward", "norm_backward")
+        for width, warps in ((None, 4), (4096, 8), (8192, 16), (16384, 16))
+    ),
+    # 16 numbers a thread; of two tensors in the backward pass.
+    Row("gelu.forward", Configuration({"BLOCK": 2048})),
+    Row("gelu.forward", Configuration({"BLOCK": 16384}), arch=INTERPRETER),
+    Row("gelu.backward", Configuration({"BLOCK": 2048})),
+    Row("gelu.backward", Configuration({"BLOCK": 16384}), arch=INTERPRETER),
     # 64 lanes a warp: twice the tokens, so that a lane still stores 16 bytes of bf16.
     Row("flow_matching.noise", Configuration({"TOKENS": 16}), arch="gfx942"),
     Row("flow_matching.residual", Configuration({"TOKENS": 16}), arch="gfx942"),

@@ -1,4 +1,4 @@
-"""Measures one training step at full size: the trainer's own loop over synthetic latents and random weights.
+"""The suite `step`: one training step at full size, the trainer's own loop over synthetic latents and random weights.
 
 Decides what is timed: whole steps between two synchronisations with the device, after warm-up; reading the cache is
 left out, all else is what `run` does. Loads and writes no file.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ltxforge import trainer
+from ltxforge.benchmarks.bench import Bench, Told
 from ltxforge.dataset.batches import Batch
 from ltxforge.errors import NonFiniteError, Stopped
 from ltxforge.events import Event, StepDone
@@ -34,6 +35,7 @@ from ltxforge.hardware import (
     torch_device,
     torch_dtype,
 )
+from ltxforge.lora.targets import match
 from ltxforge.modalities import Streams, has
 from ltxforge.models.interface import Noisy, NoisyTokens, VideoModel, to_tokens
 from ltxforge.models.parts import release_memory
@@ -58,11 +60,31 @@ from ltxforge.plan import (
 from ltxforge.randomness import address
 from ltxforge.session import make_trainable
 from ltxforge.signals import StopRequest
-from ltxforge.suites import StepCase, StepResult
+from ltxforge.suites.step import StepCase, StepResult
 
 SEED = 0
 META = torch.device("meta")
-Told = Callable[[str], None]
+HOW = {
+    "step_seconds": "whole steps of the trainer's own loop after warm-up, from one synchronisation with the device to"
+    " the next; latents and prompts are synthetic and already in the host's memory, weights random",
+    "phase_seconds": "medians; backward holds the loss, what checkpointing recomputes, and clipping",
+    "peak_bytes": "allocated and reserved by PyTorch on the device while training, weights included; resident: of the"
+    " whole process on the host",
+    "model_flops": "per step: 2 for each multiply-add of every matrix product in forward and backward, attention"
+    " included, without gradients of frozen weights and without what checkpointing recomputes",
+    "tflops_per_second": "model_flops / the median step",
+}
+
+
+def begin(cases: Sequence[StepCase], hardware: Hardware, told: Told, stop: StopRequest) -> Bench:
+    """Ready to measure steps.
+
+    Raises:
+        PlanError: a case's targets match nothing.
+    """
+    for case in cases:
+        match(case.targets, case.spec, case.trained, case.trained)
+    return Bench(lambda case: measure(case, hardware, told, stop), HOW)
 
 
 def measure(case: StepCase, hardware: Hardware, told: Told, stop: StopRequest) -> StepResult:
@@ -89,12 +111,7 @@ def measure(case: StepCase, hardware: Hardware, told: Told, stop: StopRequest) -
 
 def _unmeasured(case: StepCase, outcome: Any, reason: str, device: torch.device | None = None) -> StepResult:
     peak = peaks(device) if device else {}
-    return StepResult(case.name, outcome, _settings(case), reason=reason, peak_bytes=peak)
-
-
-def _settings(case: StepCase) -> dict[str, Any]:
-    """The case with its defaults filled in."""
-    return {**case.model_dump(exclude={"name"}), "fps": case.rate, "modalities": case.trained}
+    return StepResult(case.name, outcome, case.settings(), reason=reason, peak_bytes=peak)
 
 
 def _measured(case: StepCase, hardware: Hardware, told: Told, stop: StopRequest) -> StepResult:
@@ -118,7 +135,7 @@ def _measured(case: StepCase, hardware: Hardware, told: Told, stop: StopRequest)
     return StepResult(
         name=case.name,
         outcome="measured",
-        case=_settings(case),
+        case=case.settings(),
         parameters=sum(p.numel() for p in base),
         trained_parameters=sum(p.numel() for p in optimizer.parameters.values()),
         weights_bytes=sum(p.nbytes for p in base),

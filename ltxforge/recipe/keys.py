@@ -56,6 +56,8 @@ ALIASES = {
     "mixed_precision": "training.precision",
     "dtype": "training.precision",
     "gradient_checkpointing": "memory.checkpointing",
+    "torch_compile": "kernels.all",
+    "use_triton": "kernels.all",
     "pretrained_model_name_or_path": "model.base",
     "save_every": "checkpoint.every",
     "checkpointing_steps": "checkpoint.every",
@@ -82,6 +84,7 @@ _SECTION_ALIASES = {
     "adapter": "lora", "network": "lora", "data": "dataset", "datasets": "dataset", "train": "training",
     "optim": "optimizer", "validate": "validation", "prompts": "validation.prompt", "checkpoints": "checkpoint",
     "sampling": "validation", "save": "checkpoint", "flow_matching": "flow", "sound": "audio",
+    "ops": "kernels",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import math
 import re
 from typing import Annotated, Literal
 
+from ltxforge_kernels.choice import Implementation
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ltxforge.durable import is_safe_name
@@ -308,6 +309,24 @@ class Memory(_Section):
     )
 
 
+class Kernels(_Section):
+    """How each op is computed. What is left open the plan chooses, from the device and from what was measured.
+
+    triton is our kernel, compile is torch.compile of its definition, eager the definition in plain PyTorch.
+    """
+
+    all: Implementation | None = Field(None, description="Every op that has no key of its own here.")
+    causal_conv3d: Implementation | None = Field(None, description="Encoding: the VAE's convolutions.")
+    flow_matching: Implementation | None = Field(None, description="Noising and the loss.")
+    adaln_rms_norm: Implementation | None = Field(None, description="Norms, and their scale and shift by timestep.")
+    gated_residual: Implementation | None = Field(
+        None, description="Adding a branch by its gate, and the norm that follows."
+    )
+    qk_norm_rope: Implementation | None = Field(None, description="Norms and rotation of queries and keys.")
+    gelu: Implementation | None = Field(None, description="The feed-forward's activation.")
+    lora_linear: Implementation | None = Field(None, description="Linear layers with their LoRA branch.")
+
+
 class Cache(_Section):
     """Latents and prompt embeddings on disk."""
 
@@ -398,17 +417,20 @@ class Recipe(_Section):
     flow: Flow = Flow()
     conditioning: Conditioning = Conditioning()
     memory: Memory = Memory()
+    kernels: Kernels = Kernels()
     cache: Cache = Cache()
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
 
 
 NOT_YET: dict[str, str] = {
-    "kernels": "the Triton kernels are not in this release yet; it computes in plain PyTorch",
     "training.attention": "attention backends are not in this release yet; it uses PyTorch's own attention",
     "validation.attention": "attention backends are not in this release yet; it uses PyTorch's own attention",
     "memory.fit": "fitting a plan to a card is not in this release yet",
     "memory.base_precision": "quantised base weights are not in this release yet; training.precision is bf16 or fp32",
+    "kernels.nf4": "quantised base weights are not in this release yet",
+    "kernels.int8": "quantised base weights are not in this release yet",
+    "kernels.fp8": "quantised base weights are not in this release yet",
     "memory.block_swap": "block swap is not in this release yet",
     "memory.group_offload": "group offload is not in this release yet",
     "ema": "EMA is not in this release yet",

@@ -1,53 +1,130 @@
-"""What `bench` measured, as a table: one line for each case. Decides wording and units; computes nothing new but rates.
+"""What `bench` measured, as tables: one line for each case, on the screen and in Markdown.
 
-Torch-free.
+Decides wording and units. A row is a mapping from titles to cells, made by the function of its kind of suite from a
+result's entry in the results file, so that a table can be made again from the file alone. Torch-free.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from ltxforge.printable import printable
-from ltxforge.suites import StepResult
 from ltxforge.ui.text import duration, size
 
+Entry = Mapping[str, Any]
+Row = dict[str, str]
 
-def results_table(results: Sequence[StepResult]) -> RenderableType:
-    """Seconds per step, their parts, memory and rate of the measured cases; below it what became of the others."""
+
+def results_table(suite: str, entries: Sequence[Entry]) -> RenderableType:
+    """The measured cases as a table; below it what became of the others, and what is wrong."""
+    rows = [ROWS[suite](entry) for entry in entries if entry["outcome"] == "measured"]
+    table = _table(rows)
+    return Group(*([table] if rows else []), *(Text(printable(line)) for line in _remarks(entries)))
+
+
+def markdown(head: Mapping[str, Any], entries: Sequence[Entry]) -> str:
+    """The same as a Markdown page, with the command, the device and the versions."""
+    device = head["device"]
+    lines = [
+        f"# `{head['suite']}` on {device['name']}",
+        "",
+        f"`{head['command']}`, {head['date']}" + (", without a GPU" if device["kind"] == "cpu" else ""),
+        "",
+        ", ".join(f"{name} {version}" for name, version in head["versions"].items()),
+        "",
+    ]
+    for title, facts in head.items():
+        if title in FACTS and facts:
+            lines += [f"{title.capitalize()}: {FACTS[title](facts)}", ""]
+    rows = [ROWS[head["suite"]](entry) for entry in entries if entry["outcome"] == "measured"]
+    if rows:
+        titles = _titles(rows)
+        lines += [_line(titles), _line(["---", *["---:"] * (len(titles) - 1)])]
+        lines += [_line([row.get(title, "") for title in titles]) for row in rows]
+        lines.append("")
+    lines += [f"- {printable(line)}" for line in _remarks(entries)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def step_row(entry: Entry) -> Row:
+    """Seconds per step, their parts, memory and rate."""
+    phases, rate = entry["phase_seconds"], entry["tflops_per_second"]
+    peaks = entry["peak_bytes"]
+    return {
+        "case": entry["name"],
+        "step": duration(entry["step_seconds_median"]),
+        **{name: duration(phases[key]) for name, key in PHASES.items()},
+        "peak": size(peaks.get("allocated", peaks.get("resident", 0))),
+        "weights": size(entry["weights_bytes"] or 0),
+        "tokens": " + ".join(f"{count}" for name, count in entry["tokens"].items() if name != "prompt"),
+        "TFLOP/s": "" if rate is None else f"{rate:.3g}",
+        **ratio_cells(entry),
+    }
+
+
+PHASES = {"forward": "forward", "backward": "backward", "update": "optimizer"}
+
+
+def ratio_cells(entry: Entry) -> Row:
+    """`vs <peer>`: how many times our time the peer took."""
+    return {f"vs {peer}": f"{ratio:.2f}" for peer, ratio in entry["ratios"].items()}
+
+
+ROWS: dict[str, Callable[[Entry], Row]] = {"step": step_row}
+"""Kind of suite → what makes a row of a measured case's entry."""
+FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {}
+"""Fact in a results file's head → a sentence of it, for Markdown."""
+
+
+def _remarks(entries: Sequence[Entry]) -> list[str]:
+    """What the table does not show: cases without figures, what could not be measured, and faults."""
+    lines = []
+    for entry in entries:
+        if entry["outcome"] != "measured":
+            lines.append(f"{entry['name']}: {entry['outcome']}. {entry['reason']}")
+        missing = entry.get("unavailable", {})
+        lines += [f"{entry['name']}: {peer} was not measured: {reason}" for peer, reason in missing.items()]
+        if entry["outcome"] == "measured":
+            lines += [f"{entry['name']}: {fault}" for fault in entry.get("faults", ())]
+    return lines
+
+
+def _titles(rows: Sequence[Row]) -> list[str]:
+    """Every title, in the order in which they come."""
+    return list(dict.fromkeys(title for row in rows for title in row))
+
+
+def _table(rows: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("case", no_wrap=True)
-    for title in ("step", "forward", "backward", "update", "peak", "weights", "tokens", "TFLOP/s"):
-        table.add_column(title, justify="right", no_wrap=True)
-    measured = [result for result in results if result.outcome == "measured"]
-    for result in measured:
-        table.add_row(*_cells(result))
-    others = [
-        Text(printable(f"{result.name}: {result.outcome}. {result.reason}"))
-        for result in results
-        if result not in measured
-    ]
-    return Group(*([table] if measured else []), *others)
+    for number, title in enumerate(titles := _titles(rows)):
+        table.add_column(title, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(printable(row.get(title, "")) for title in titles))
+    return table
 
 
-def _cells(result: StepResult) -> list[str]:
-    median, phases = statistics.median(result.step_seconds), result.phase_seconds
-    rate = "" if result.model_flops is None else f"{result.model_flops / median / 1e12:.3g}"
-    return [
-        result.name,
-        duration(median),
-        *(duration(phases[name]) for name in ("forward", "backward", "optimizer")),
-        size(_peak(result)),
-        size(result.weights_bytes or 0),
-        " + ".join(f"{count}" for name, count in result.tokens.items() if name != "prompt"),
-        rate,
-    ]
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
-def _peak(result: StepResult) -> int:
-    """On the device, or where that is not counted the process's."""
-    return result.peak_bytes.get("allocated", result.peak_bytes.get("resident", 0))
+def against_table(compared: Sequence[Any]) -> RenderableType:
+    """Old and new medians of `benchmarks.against.Compared`, and how many times as fast it is now."""
+    if not compared:
+        return Text("the baseline has timed none of these cases with these settings")
+    return _table(
+        [
+            {
+                "case": each.case,
+                "timed": each.what,
+                "old": f"{each.old * 1e3:.4g} ms",
+                "new": f"{each.new * 1e3:.4g} ms",
+                "ratio": f"{each.ratio:.2f}" + (" slower" if each.is_slower else ""),
+            }
+            for each in compared
+        ]
+    )

@@ -48,6 +48,31 @@ def test_forward_and_every_gradient(shape, dtype, distinct, device):
         require_close(result, truth, name)
 
 
+def alone(hidden: torch.Tensor, implementation: str = "triton") -> torch.Tensor:
+    return adaln_rms_norm(hidden, None, None, None, None, implementation=implementation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [FEW_HIDDEN[0], SMALL, AWKWARD[-1]], ids=str)
+def test_the_norm_alone(shape, dtype, device):
+    """Against PyTorch's, which is float64 where that comes in."""
+    given = inputs(shape, Filler(device), dtype)
+    hidden, exact = given.hidden.requires_grad_(), given.hidden.detach().double().requires_grad_()
+    normed = alone(hidden)
+    normed.backward(given.upstream)
+    truth = torch.nn.functional.rms_norm(exact, (shape.width,), eps=1e-6)
+    truth.backward(given.upstream.double())
+    require_close(normed, truth, "y")
+    require_close(hidden.grad, exact.grad, "hidden")
+
+
+def test_eager_alone_has_diffusers_bits():
+    given = inputs(SMALL, Filler())
+    assert torch.equal(
+        alone(given.hidden, "eager"), RMSNorm(SMALL.width, eps=1e-6, elementwise_affine=False)(given.hidden)
+    )
+
+
 @pytest.mark.parametrize("distinct", [3, None])
 def test_it_is_what_the_models_compute(distinct, device):
     """diffusers' norm and our `Modulation`, as the blocks of both families write them, in float64."""
@@ -97,7 +122,7 @@ def test_the_table_costs_nothing_where_it_learns_nothing(device, monkeypatch):
 
 
 def test_the_same_bits_twenty_times(device):
-    given = inputs(SMALL, Filler(device), torch.bfloat16)
+    given = inputs(TokenShape("", 1, 9, 16), Filler(device), torch.bfloat16)
     first = everything(given)
     for _ in range(19):
         assert all(torch.equal(one, other) for one, other in zip(first, everything(given), strict=True))
@@ -112,6 +137,8 @@ def test_torch_s_own_checks(distinct, device):
     kept = (given.upstream, given.hidden, given.table, given.index, reciprocal)
     torch.library.opcheck(launch.backward_op, (*kept, 1))
     torch.library.opcheck(launch.table_gradient_op, (*kept, 0, 1))
+    torch.library.opcheck(launch.forward_op, (learning[0], None, None, None, None, 1e-6))
+    torch.library.opcheck(launch.backward_op, (given.upstream, given.hidden, None, None, reciprocal, None))
 
 
 def model(weights: torch.Tensor, given: Inputs, implementation: str = "triton") -> torch.Tensor:
@@ -162,7 +189,8 @@ def test_the_compiled_reference(step):
         ({"hidden": (12, 16)}, r"hidden is \[B, T, D\]"),
         ({"index": (2, 11)}, r"not \[2, 12\]"),
         ({"table": (3, 6, 16), "index": None}, "one timestep per sample, 2, not 3"),
-        ({"table": (2, 4, 16)}, "rows 3 and 4 are not both among the table's 4"),
+        ({"table": (2, 4, 16)}, r"rows \(3, 4\) are not all among the 4 of table"),
+        ({"table": None}, r"without a table there are no rows \(3, 4\)"),
     ],
 )
 def test_wrong_shapes_are_refused(change, message):

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import ltxforge_kernels
 import pytest
-from ltxforge_kernels.choice import Machine, Unavailable, choose
+from ltxforge_kernels.choice import (
+    EAGER,
+    OPS,
+    QUANTISED_OPS,
+    Choice,
+    Kernels,
+    Machine,
+    TokenRange,
+    Unavailable,
+    choose,
+    everything,
+)
+from ltxforge_kernels.profiles import Measured
 
 H200 = Machine("cuda", 90, "3.7.1")
 MI300 = Machine("rocm", "gfx942", "3.7.1")
@@ -50,3 +65,77 @@ def test_a_cpu_can_compile(override):
 def test_what_cannot_be_is_refused(machine, override, message):
     with pytest.raises(Unavailable, match=message):
         choose("flow_matching", machine, "bf16", override)
+
+
+# --- what was measured -----------------------------------------------------------------------------------------------
+
+FASTEST = (
+    Measured("gelu", 90, "bf16", 8192, 0, 1119, "compile", "h200"),
+    Measured("gelu", 90, "bf16", 8192, 1120, None, "triton", "h200"),
+    Measured("gelu", 90, "bf16", 16384, 0, None, "compile", "h200"),
+)
+
+
+def test_an_op_is_not_used_where_it_was_measured_to_be_slower():
+    choice = choose("gelu", H200, "bf16", measured=FASTEST)
+    assert (choice.implementation, choice.reason) == ("triton", "Triton 3.7.1 on sm_90")
+    assert choice.exceptions == (
+        TokenRange(0, 1119, 8192, "compile", "h200"),
+        TokenRange(0, None, 16384, "compile", "h200"),
+    )
+    assert [choice.of(tokens, 8192) for tokens in (0, 126, 1119, 1120, 6144)] == [*["compile"] * 3, *["triton"] * 2]
+    assert choice.of(6144, 16384) == "compile" and choice.of(126, 4096) == "triton"
+
+
+def test_of_an_unknown_width_every_exception_holds():
+    choice = choose("gelu", H200, "bf16", widths={8192}, measured=FASTEST)
+    assert [exception.width for exception in choice.exceptions] == [8192]
+    assert (choice.of(126), choice.of(6144), choice.of()) == ("compile", "triton", "triton")
+
+
+def test_of_unknown_tokens_only_what_holds_for_all_does():
+    choice = choose("gelu", H200, "bf16", measured=FASTEST)
+    assert (choice.of(width=16384), choice.of(width=8192), choice.of()) == ("compile", "triton", "triton")
+
+
+def test_what_is_slower_everywhere_is_not_used_at_all():
+    choice = choose("gelu", H200, "bf16", widths={16384}, measured=FASTEST)
+    assert choice == Choice("gelu", "compile", "the fastest at every size that was measured (h200)")
+    unmeasured = choose("gelu", H200, "bf16", widths={16384, 4096}, measured=FASTEST)
+    assert (unmeasured.of(126, 16384), unmeasured.of(126, 4096)) == ("compile", "triton")
+
+
+@pytest.mark.parametrize(
+    ("op", "machine", "dtype"),
+    [("lora_linear", H200, "bf16"), ("gelu", MI300, "bf16"), ("gelu", H200, "fp32")],
+)
+def test_a_measurement_says_nothing_of_other_ops_chips_and_dtypes(op, machine, dtype):
+    choice = choose(op, machine, dtype, measured=FASTEST)
+    assert (choice.implementation, choice.exceptions) == ("triton", ())
+
+
+def test_the_recipe_s_word_wins_over_measurements():
+    assert choose("gelu", H200, "bf16", "triton", measured=FASTEST).exceptions == ()
+
+
+# --- as forwards ask -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_s_choices_are_asked_by_op():
+    kernels = Kernels((choose("gelu", H200, "bf16", widths={8192}, measured=FASTEST),))
+    assert (kernels.of("gelu", 6144), kernels.of("gelu", 126), kernels.of("gelu")) == ("triton", "compile", "triton")
+    assert kernels.of("lora_linear", 6144) == "eager", "what was not chosen is eager"
+    assert hash(kernels) == hash(Kernels((choose("gelu", H200, "bf16", widths={8192}, measured=FASTEST),)))
+    with pytest.raises(KeyError, match="no op 'gleu', only causal_conv3d"):
+        kernels.of("gleu")
+
+
+@pytest.mark.parametrize("op", [*OPS, *QUANTISED_OPS])
+def test_everything_and_nothing(op):
+    assert EAGER.of(op) == "eager"
+    assert everything("compile").of(op, 6144, 4096) == "compile"
+
+
+def test_every_op_that_has_a_folder_is_named():
+    folders = {path.parent.name for path in Path(ltxforge_kernels.__file__).parent.glob("*/__init__.py")}
+    assert folders <= {*OPS, *QUANTISED_OPS}

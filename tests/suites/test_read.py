@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from ltxforge import suites
 from ltxforge.errors import PlanError, RecipeError
 from ltxforge.shapes import ClipShape
+from ltxforge.suites import read as suites
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 GOOD = 'suite = "step"\n[[case]]\nname = "a"\nmodel = "tiny/ltx2"\nsize = "64x64x9"\n'
 
 
@@ -33,7 +33,7 @@ def test_defaults_follow_the_model():
     ("line", "key", "message", "hint"),
     [
         ("warmup_step = 3", "case.0.warmup_step", "unknown key `warmup_step` in [[case]]", "`warmup_steps`"),
-        ("zzz = 3", "case.0.zzz", "unknown key `zzz` in [[case]]", "legal here: name, model, size"),
+        ("zzz = 3", "case.0.zzz", "unknown key `zzz` in [[case]]", "legal here: name, peers, floors, model, size"),
         ('modalities = "vidoe"', "case.0.modalities", 'must be one of "video", "audio", "both"', '"video"'),
         ("steps = 0", "case.0.steps", "steps must be a whole number from 1 to 100000000, not 0", ""),
         ("warmup_steps = 0", "case.0.warmup_steps", "warmup_steps must be a whole number from 1 to 1000, not 0", ""),
@@ -83,7 +83,7 @@ def test_all_mistakes_come_at_once():
     ('suite = "step"\n', "`case` is missing"),
     ('suite = "step"\ncase = "all"\n', "cases are tables"),
     ('suite = "step"\ncase = [3]\n', "cases are tables"),
-    ('suite = "kernel"\n' + GOOD.partition("\n")[2], 'suite must be "step"'),
+    ('suite = "kernel"\n' + GOOD.partition("\n")[2], 'suite must be one of "kernels", "step", "encode", "memory"'),
     ("suite = step\n", "`step` is no value"),
 ])  # fmt: skip
 def test_the_file_s_own_shape(text, message):

@@ -1,8 +1,8 @@
 """Triton kernels of RMSNorm with modulation: forward, the gradient of x, and that of the table.
 
 One program holds one token of forward and backward; WIDTH is the power of two at or above D. x, y and their gradients
-are contiguous; shift and scale point at the first timestep's row, `stride` apart from the next one's. Without an index
-a token's row is its sample's. Counts of tokens are never specialised on.
+are contiguous; shift and scale point at the first timestep's row, `stride` apart from the next one's, or are absent for
+the norm alone. Without an index a token's row is its sample's. Counts of tokens are never specialised on.
 """
 
 import triton
@@ -13,6 +13,26 @@ import triton.language as tl
 def timestep_of(token, index, tokens, HAS_INDEX: tl.constexpr):
     """Which timestep a token has, int64."""
     return tl.load(index + token).to(tl.int64) if HAS_INDEX else token // tokens
+
+
+@triton.jit
+def norm_and_modulate(x, shift, scale, row, inside, eps, D: tl.constexpr, HAS_TABLE: tl.constexpr):
+    """y of one token's x, and 1 / sqrt(mean x² + eps)."""
+    rstd = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+    y = x * rstd
+    if HAS_TABLE:
+        added = tl.load(shift + row, mask=inside, other=0.0).to(tl.float32)
+        y = y * (1 + tl.load(scale + row, mask=inside, other=0.0).to(tl.float32)) + added
+    return y, rstd
+
+
+@triton.jit
+def norm_gradient(arriving, x, rstd, scale, row, inside, D: tl.constexpr, HAS_TABLE: tl.constexpr):
+    """With n = x·rstd and g = arriving·(1 + scale): ∂/∂x = rstd·(g − n·mean(g·n))."""
+    if HAS_TABLE:
+        arriving = arriving * (1 + tl.load(scale + row, mask=inside, other=0.0).to(tl.float32))
+    normed = x * rstd
+    return rstd * (arriving - normed * (tl.sum(arriving * normed, 0) / D))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -27,6 +47,7 @@ def forward_kernel(
     stride,
     eps,
     D: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -34,12 +55,9 @@ def forward_kernel(
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < D
-    x = tl.load(hidden + token * D + column, mask=inside, other=0.0).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
     row = timestep_of(token, index, tokens, HAS_INDEX) * stride + column
-    added = tl.load(shift + row, mask=inside, other=0.0).to(tl.float32)
-    factor = 1 + tl.load(scale + row, mask=inside, other=0.0).to(tl.float32)
-    y = x * rstd * factor + added
+    x = tl.load(hidden + token * D + column, mask=inside, other=0.0).to(tl.float32)
+    y, rstd = norm_and_modulate(x, shift, scale, row, inside, eps, D, HAS_TABLE)
     tl.store(output + token * D + column, y.to(output.dtype.element_ty), mask=inside)
     tl.store(reciprocal + token, rstd)
 
@@ -55,20 +73,18 @@ def backward_kernel(
     tokens,
     stride,
     D: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """With n = x·rstd and g = upstream·(1 + scale): ∂/∂x = rstd·(g − n·mean(g·n))."""
+    """∂/∂x, as `norm_gradient` says."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < D
+    row = timestep_of(token, index, tokens, HAS_INDEX) * stride + column
     x = tl.load(hidden + token * D + column, mask=inside, other=0.0).to(tl.float32)
     arriving = tl.load(upstream + token * D + column, mask=inside, other=0.0).to(tl.float32)
-    rstd = tl.load(reciprocal + token)
-    row = timestep_of(token, index, tokens, HAS_INDEX) * stride + column
-    gradient = arriving * (1 + tl.load(scale + row, mask=inside, other=0.0).to(tl.float32))
-    normed = x * rstd
-    leaving = rstd * (gradient - normed * (tl.sum(gradient * normed, 0) / D))
+    leaving = norm_gradient(arriving, x, tl.load(reciprocal + token), scale, row, inside, D, HAS_TABLE)
     tl.store(output + token * D + column, leaving.to(output.dtype.element_ty), mask=inside)
 
 
@@ -78,21 +94,26 @@ def table_kernel(
     hidden,
     index,
     reciprocal,
-    shift_gradient,
-    scale_gradient,
+    sum_gradient,
+    product_gradient,
     tokens,
     batch_tokens,
     stride,
     D: tl.constexpr,
     HAS_INDEX: tl.constexpr,
+    NORMED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """∂/∂shift = Σ upstream and ∂/∂scale = Σ upstream·n over one timestep's tokens, COLUMNS wide, in a fixed order."""
+    """Sums over one timestep's tokens, COLUMNS wide, in a fixed order.
+
+    NORMED: ∂/∂shift = Σ upstream and ∂/∂scale = Σ upstream·n. Else the second alone with n = `hidden` itself, which is
+    the gradient of a gate.
+    """
     timestep = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    shifts = tl.zeros((COLUMNS,), tl.float32)
-    scales = tl.zeros((COLUMNS,), tl.float32)
+    sums = tl.zeros((COLUMNS,), tl.float32)
+    products = tl.zeros((COLUMNS,), tl.float32)
     if HAS_INDEX:
         begin = timestep * 0
         end = begin + batch_tokens
@@ -107,10 +128,12 @@ def table_kernel(
         inside = mine[:, None] & (column < D)[None, :]
         offset = token[:, None] * D + column[None, :]
         arriving = tl.load(upstream + offset, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(hidden + offset, mask=inside, other=0.0).to(tl.float32)
-        rstd = tl.load(reciprocal + token, mask=mine, other=0.0)
-        shifts += tl.sum(arriving, 0)
-        scales += tl.sum(arriving * x * rstd[:, None], 0)
+        product = arriving * tl.load(hidden + offset, mask=inside, other=0.0).to(tl.float32)
+        if NORMED:
+            product *= tl.load(reciprocal + token, mask=mine, other=0.0)[:, None]
+            sums += tl.sum(arriving, 0)
+        products += tl.sum(product, 0)
     row = timestep * stride + column
-    tl.store(shift_gradient + row, shifts.to(shift_gradient.dtype.element_ty), mask=column < D)
-    tl.store(scale_gradient + row, scales.to(scale_gradient.dtype.element_ty), mask=column < D)
+    tl.store(product_gradient + row, products, mask=column < D)
+    if NORMED:
+        tl.store(sum_gradient + row, sums, mask=column < D)

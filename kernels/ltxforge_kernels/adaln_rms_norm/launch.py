@@ -18,47 +18,61 @@ FUSED = {"enable_fp_fusion": True}
 
 
 def adaln_rms_norm(
-    hidden: Tensor, table: Tensor, index: Tensor | None, shift: int, scale: int, eps: float = 1e-6
+    hidden: Tensor,
+    table: Tensor | None,
+    index: Tensor | None,
+    shift: int | None,
+    scale: int | None,
+    eps: float = 1e-6,
 ) -> Tensor:
     """The op on a GPU."""
     return forward_op(hidden, table, index, shift, scale, eps)[0]
 
 
 def launch_forward(
-    hidden: Tensor, table: Tensor, index: Tensor | None, shift: int, scale: int, eps: float
+    hidden: Tensor, table: Tensor | None, index: Tensor | None, shift: int | None, scale: int | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """y [B, T, D] and rstd [B, T], float32."""
-    hidden, table, index = contiguous(hidden, table, index)
+    hidden, table, index = contiguous(hidden), contiguous(table), contiguous(index)
     output = torch.empty_like(hidden)
     reciprocal = hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
     if hidden.numel() == 0:
         return output, reciprocal
-    inputs = (hidden, table[:, shift], table[:, scale], index)
+    inputs = (hidden, row_of(table, shift), row_of(table, scale), index)
     with launching_on(hidden):
         kernel.forward_kernel[(reciprocal.numel(),)](
             *inputs,
             output,
             reciprocal,
             hidden.shape[1],
-            table.stride(0),
+            stride_of(table),
             eps,
-            **token_options("forward", hidden, index),
+            **token_options("forward", hidden, table, index),
         )
     return output, reciprocal
 
 
 def launch_backward(
-    upstream: Tensor, hidden: Tensor, table: Tensor, index: Tensor | None, reciprocal: Tensor, scale: int
+    upstream: Tensor,
+    hidden: Tensor,
+    table: Tensor | None,
+    index: Tensor | None,
+    reciprocal: Tensor,
+    scale: int | None,
 ) -> Tensor:
     """∂/∂hidden [B, T, D]."""
-    hidden, table, index = contiguous(hidden, table, index)
+    hidden, table, index = contiguous(hidden), contiguous(table), contiguous(index)
     output = torch.empty_like(hidden)
     if hidden.numel() == 0:
         return output
-    inputs = (upstream.contiguous(), hidden, table[:, scale], index, reciprocal)
+    inputs = (upstream.contiguous(), hidden, row_of(table, scale), index, reciprocal)
     with launching_on(hidden):
         kernel.backward_kernel[(reciprocal.numel(),)](
-            *inputs, output, hidden.shape[1], table.stride(0), **token_options("backward", hidden, index)
+            *inputs,
+            output,
+            hidden.shape[1],
+            stride_of(table),
+            **token_options("backward", hidden, table, index),
         )
     return output
 
@@ -67,51 +81,97 @@ def launch_table_gradient(
     upstream: Tensor, hidden: Tensor, table: Tensor, index: Tensor | None, reciprocal: Tensor, shift: int, scale: int
 ) -> Tensor:
     """∂/∂table [U, K, D], 0 in all rows but shift and scale; both at once, where they are the same row."""
-    hidden, table, index = contiguous(hidden, table, index)
-    timesteps, _, width = table.shape
     gradients = table.new_zeros((2, *table.shape), dtype=torch.float32)
-    if hidden.numel() and timesteps:
-        chosen = configuration("adaln_rms_norm.table", architecture(hidden), hidden.dtype, width).options()
-        grid = (triton.cdiv(width, chosen["COLUMNS"]), timesteps)
-        inputs = (upstream.contiguous(), hidden, index, reciprocal, gradients[0, :, shift], gradients[1, :, scale])
-        counts = (hidden.shape[1], reciprocal.numel(), table.stride(0))
-        with launching_on(hidden):
-            kernel.table_kernel[grid](*inputs, *counts, D=width, HAS_INDEX=index is not None, **chosen, **FUSED)
+    launch_sums(upstream, hidden, index, reciprocal, gradients[0, :, shift], gradients[1, :, scale])
     return gradients.sum(dim=0).to(table.dtype)
 
 
-def contiguous(hidden: Tensor, table: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    return hidden.contiguous(), table.contiguous(), None if index is None else index.contiguous()
+def launch_gate_gradient(upstream: Tensor, branch: Tensor, table: Tensor, index: Tensor | None, gate: int) -> Tensor:
+    """∂/∂table [U, K, D] where one row of it multiplied `branch`; `upstream` is the product's gradient."""
+    gradient = table.new_zeros(table.shape, dtype=torch.float32)
+    launch_sums(upstream, branch, index, None, None, gradient[:, gate])
+    return gradient.to(table.dtype)
 
 
-def token_options(name: str, hidden: Tensor, index: Tensor | None) -> dict[str, int]:
+def launch_sums(
+    upstream: Tensor,
+    hidden: Tensor,
+    index: Tensor | None,
+    reciprocal: Tensor | None,
+    sums: Tensor | None,
+    products: Tensor,
+) -> None:
+    """Write each timestep's sums into rows [U, D] of two float32 tables of one shape; see `table_kernel`."""
+    upstream, hidden, index = contiguous(upstream), contiguous(hidden), contiguous(index)
+    timesteps, width = products.shape
+    if hidden.numel() == 0 or timesteps == 0:
+        return
+    chosen = configuration("adaln_rms_norm.table", architecture(hidden), hidden.dtype, width).options()
+    grid = (triton.cdiv(width, chosen["COLUMNS"]), timesteps)
+    counts = (hidden.shape[1], hidden.shape[0] * hidden.shape[1], products.stride(0))
+    flags = {"HAS_INDEX": index is not None, "NORMED": reciprocal is not None}
+    with launching_on(hidden):
+        kernel.table_kernel[grid](
+            upstream, hidden, index, reciprocal, sums, products, *counts, D=width, **flags, **chosen, **FUSED
+        )
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def row_of(table: Tensor | None, row: int | None) -> Tensor | None:
+    """A row of every timestep, [U, D], `stride_of(table)` apart."""
+    return None if table is None else table[:, row]
+
+
+def stride_of(table: Tensor | None) -> int:
+    return 0 if table is None else table.stride(0)
+
+
+def token_options(name: str, hidden: Tensor, table: Tensor | None, index: Tensor | None) -> dict[str, int]:
     """Options of the kernels whose programs hold one token."""
     width = hidden.shape[2]
     chosen = configuration(f"adaln_rms_norm.{name}", architecture(hidden), hidden.dtype, width).options()
-    return {"D": width, "WIDTH": triton.next_power_of_2(width), "HAS_INDEX": index is not None, **chosen, **FUSED}
+    flags = {"HAS_TABLE": table is not None, "HAS_INDEX": index is not None}
+    return {"D": width, "WIDTH": triton.next_power_of_2(width), **flags, **chosen, **FUSED}
 
 
 @torch.library.custom_op("ltxforge::adaln_rms_norm", mutates_args=())
 def forward_op(
-    hidden: Tensor, table: Tensor, index: Tensor | None, shift: int, scale: int, eps: float
+    hidden: Tensor, table: Tensor | None, index: Tensor | None, shift: int | None, scale: int | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     return launch_forward(hidden, table, index, shift, scale, eps)
 
 
 @forward_op.register_fake
-def _(hidden: Tensor, table: Tensor, index: Tensor | None, shift: int, scale: int, eps: float) -> tuple[Tensor, Tensor]:
+def _(
+    hidden: Tensor, table: Tensor | None, index: Tensor | None, shift: int | None, scale: int | None, eps: float
+) -> tuple[Tensor, Tensor]:
     return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
 
 
 @torch.library.custom_op("ltxforge::adaln_rms_norm_backward", mutates_args=())
 def backward_op(
-    upstream: Tensor, hidden: Tensor, table: Tensor, index: Tensor | None, reciprocal: Tensor, scale: int
+    upstream: Tensor,
+    hidden: Tensor,
+    table: Tensor | None,
+    index: Tensor | None,
+    reciprocal: Tensor,
+    scale: int | None,
 ) -> Tensor:
     return launch_backward(upstream, hidden, table, index, reciprocal, scale)
 
 
 @backward_op.register_fake
-def _(upstream: Tensor, hidden: Tensor, table: Tensor, index: Tensor | None, reciprocal: Tensor, scale: int) -> Tensor:
+def _(
+    upstream: Tensor,
+    hidden: Tensor,
+    table: Tensor | None,
+    index: Tensor | None,
+    reciprocal: Tensor,
+    scale: int | None,
+) -> Tensor:
     return hidden.new_empty(hidden.shape)
 
 

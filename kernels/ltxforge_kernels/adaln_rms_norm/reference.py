@@ -9,15 +9,22 @@ from ltxforge_kernels.precision import at_least_float32
 
 
 def adaln_rms_norm(
-    hidden: Tensor, table: Tensor, index: Tensor | None, shift: int, scale: int, eps: float = 1e-6
+    hidden: Tensor,
+    table: Tensor | None,
+    index: Tensor | None,
+    shift: int | None,
+    scale: int | None,
+    eps: float = 1e-6,
 ) -> Tensor:
     """[B, T, D]; arguments as in the op."""
-    wide, rows = at_least_float32(hidden), at_least_float32(table)
+    wide = at_least_float32(hidden)
     normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    added, factor = (spread(rows[:, row], index) for row in (shift, scale))
-    return (normed * (1 + factor) + added).to(hidden.dtype)
+    if table is not None:
+        normed = normed * (1 + spread(table, index, scale)) + spread(table, index, shift)
+    return normed.to(hidden.dtype)
 
 
-def spread(row: Tensor, index: Tensor | None) -> Tensor:
-    """[U, D] as something that broadcasts against [B, T, D]."""
-    return row[:, None] if index is None else row[index]
+def spread(table: Tensor, index: Tensor | None, row: int) -> Tensor:
+    """One row of a table [U, K, D] as something that broadcasts against [B, T, D]."""
+    chosen = at_least_float32(table[:, row])
+    return chosen[:, None] if index is None else chosen[index]

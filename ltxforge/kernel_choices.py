@@ -1,0 +1,113 @@
+"""Which ops a run uses, how each is carried out, and how a run that goes on keeps that. Pure; torch-free.
+
+`ltxforge_kernels.choice` decides about one op on one machine; here stands what a recipe and an earlier attempt say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+
+from ltxforge_kernels.choice import OPS, Choice, Kernels, Machine, choose, why_not
+
+from ltxforge.errors import PlanError
+from ltxforge.modalities import has
+from ltxforge.model_spec import ModelSpec
+from ltxforge.recipe.schema import Kernels as Section
+
+
+def used_ops(modalities: str) -> tuple[str, ...]:
+    """The ops that training these modalities calls, from the clip to the LoRA's gradient."""
+    return tuple(op for op in OPS if op != "causal_conv3d" or has(modalities, "video"))
+
+
+def asked_for(section: Section) -> dict[str, str]:
+    """Op → what the recipe asks for, where it does: the op's own key, else `all`."""
+    asked = {op: getattr(section, op) or section.all for op in OPS}
+    return {op: implementation for op, implementation in asked.items() if implementation}
+
+
+def choose_kernels(
+    ops: Collection[str],
+    machine: Machine,
+    precision: str,
+    encoder_precision: str,
+    *,
+    asked: Mapping[str, str] | None = None,
+    spec: ModelSpec | None = None,
+    previous: Kernels | None = None,
+) -> Kernels:
+    """The choices of a run: what the recipe asks for, else what the run began with, else what is best here.
+
+    Args:
+        precision: the activations' dtype; `encoder_precision` the VAE's.
+        asked: as `asked_for` gives it.
+        spec: the model, whose widths alone matter; by default every width that was measured.
+        previous: the choices of the run that goes on.
+
+    Raises:
+        PlanError: the recipe asks for what cannot run here; all of it is told at once.
+    """
+    asked, found, refused = asked or {}, [], {}
+    for op in ops:
+        dtype = encoder_precision if op == "causal_conv3d" else precision
+        if op in asked and (obstacle := why_not(asked[op], machine, dtype)):
+            refused.setdefault((asked[op], obstacle), []).append(op)
+            continue
+        choice = choose(op, machine, dtype, asked.get(op), widths_of(op, spec) if spec else None)
+        found.append(choice if previous is None or op in asked else _kept(choice, previous, machine, dtype))
+    if refused:
+        raise _refusal(refused)
+    return Kernels(tuple(found))
+
+
+def _refusal(refused: Mapping[tuple[str, str], Collection[str]]) -> PlanError:
+    told = "; ".join(f"{', '.join(ops)} as {asked}: {obstacle}" for (asked, obstacle), ops in refused.items())
+    return PlanError(
+        f"cannot be carried out here: {told}", where="[kernels]",
+        remedy='Leave it out, then the plan chooses; "eager" runs everywhere.',
+    )  # fmt: skip
+
+
+def _kept(fresh: Choice, previous: Kernels, machine: Machine, dtype: str) -> Choice:
+    """What the run began with, if it can run here. Ops that are not in an earlier plan were eager then."""
+    before = next((choice for choice in previous.choices if choice.op == fresh.op), Choice(fresh.op, "eager", ""))
+    if any(why_not(each, machine, dtype) for each in implementations(before)):
+        return fresh
+    if (before.implementation, before.exceptions) == (fresh.implementation, fresh.exceptions):
+        return fresh
+    return dataclasses.replace(before, reason="this run began with it")
+
+
+def implementations(choice: Choice) -> set[str]:
+    """All that an op may run as, exceptions included."""
+    return {choice.implementation, *(each.implementation for each in choice.exceptions)}
+
+
+def changed(before: Kernels, now: Kernels) -> list[str]:
+    """What two attempts of a run compute differently, in words: bits may differ from there on."""
+    moves: dict[tuple[str, str], list[str]] = {}
+    for choice in now.choices:
+        was = next((each for each in before.choices if each.op == choice.op), Choice(choice.op, "eager", ""))
+        if (was.implementation, was.exceptions) != (choice.implementation, choice.exceptions):
+            moves.setdefault((was.implementation, choice.implementation), []).append(choice.op)
+    return [f"{', '.join(ops)} {_moved(*move)}" for move, ops in moves.items()]
+
+
+def _moved(was: str, now: str) -> str:
+    return f"was {was}, now {now}" if was != now else f"is {now} at other sizes"
+
+
+def widths_of(op: str, spec: ModelSpec) -> frozenset[int] | None:
+    """How wide an op's rows are in this model; None for an op whose widths no model has to itself."""
+    config = spec.transformer_config
+    widths, channels = {spec.width}, {spec.latent_channels}
+    if spec.has_audio:
+        widths.add(config["audio_num_attention_heads"] * config["audio_attention_head_dim"])
+        channels.add(config["audio_in_channels"])
+    inner = {4 * width for width in widths}  # the feed-forwards
+    if op == "flow_matching":
+        return frozenset(channels)
+    if op == "causal_conv3d":
+        return None
+    return frozenset({"gelu": inner, "lora_linear": widths | inner}.get(op, widths))

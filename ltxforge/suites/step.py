@@ -1,0 +1,113 @@
+"""Suites of training steps: what a case may say, and what measuring it gave. Torch-free.
+
+A case becomes numbers in `benchmarks/step.py`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from ltxforge.modalities import has
+from ltxforge.model_spec import ModelSpec
+from ltxforge.recipe.schema import Count, Fps, Target
+from ltxforge.shapes import ClipShape
+from ltxforge.suites.case import Case, Result
+from ltxforge.suites.sizes import EXAMPLES, MODELS, Models, Size, parse_shape
+
+
+class StepCase(Case):
+    """One training step to measure: which model, on what, and how it is trained."""
+
+    model: Models  # type: ignore[valid-type]
+    size: Size
+    fps: Fps | None = Field(None, description="Default: the version's.")
+    modalities: Literal["video", "audio", "both"] | None = Field(None, description="Default: all the model has.")
+    batch_size: Annotated[int, Field(ge=1, le=100_000_000)] = 1
+    accumulate: Annotated[int, Field(ge=1, le=1000)] = 1
+    rank: Annotated[int, Field(ge=1, le=1024)] = 32
+    targets: Annotated[list[Target], Field(min_length=1, max_length=256)] = Field(["attention", "feed_forward"])
+    checkpointing: Annotated[int, Field(ge=0, le=1000)] = Field(1, description="0 off, n every n-th block.")
+    precision: Literal["bf16", "fp32"] = "bf16"
+    steps: Count = 20
+    warmup_steps: Annotated[int, Field(ge=1, le=1000)] = Field(3, description="Not timed: the first steps set up.")
+
+    examples: ClassVar[dict[str, str]] = EXAMPLES
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's."""
+        return MODELS[self.model]
+
+    @property
+    def shape(self) -> ClipShape:
+        """`size`, parsed."""
+        return parse_shape(self.size)
+
+    @property
+    def rate(self) -> float:
+        """Frames per second."""
+        return self.fps or self.spec.default_fps
+
+    @property
+    def trained(self) -> str:
+        """Which modalities are computed and trained."""
+        return self.modalities or ("both" if self.spec.has_audio else "video")
+
+    def settings(self) -> dict[str, Any]:
+        """With the model's defaults."""
+        return {**super().settings(), "fps": self.rate, "modalities": self.trained}
+
+    def contradictions(self) -> Iterator[tuple[str, str, str]]:
+        """Also: sound from a model that makes none."""
+        yield from super().contradictions()
+        if has(self.trained, "audio") and not self.spec.has_audio:
+            yield "modalities", f"{self.model} makes no sound", 'write "video", or leave it out'
+
+
+@dataclass(frozen=True)
+class StepResult(Result):
+    """What measuring one step gave.
+
+    `step_seconds` are whole steps, each from one synchronisation with the device to the next; `phase_seconds` the
+    medians of their parts, on the device's own clock. `peak_bytes` is of the steps, `build_peak_bytes` of building
+    model and adapter before them: "allocated" and "reserved" by PyTorch on the device, "resident" of the process.
+    `model_flops` are one step's, see `benchmarks.step.count_flops`.
+    """
+
+    parameters: int | None = None
+    trained_parameters: int | None = None
+    weights_bytes: int | None = None
+    tokens: dict[str, int] = field(default_factory=dict)
+    build_seconds: float | None = None
+    build_peak_bytes: dict[str, int] = field(default_factory=dict)
+    step_seconds: tuple[float, ...] = ()
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    model_flops: int | None = None
+    losses: tuple[float, ...] = ()
+
+    def seconds(self) -> dict[str, float]:
+        """The median step."""
+        return {"step": statistics.median(self.step_seconds)} if self.step_seconds else {}
+
+    def faults(self) -> list[str]:
+        """A loss that is not finite is told with what to do."""
+        if self.outcome != "not finite":
+            return super().faults()
+        remedy = 'random weights should never give that: try precision = "fp32", and report it'
+        return [f"the loss or gradient was NaN or infinite, its seconds would mean nothing; {remedy}"]
+
+    def entry(self) -> dict[str, Any]:
+        """With shortest, longest and median step, and the rate at the median."""
+        entry = super().entry()
+        if self.step_seconds:
+            median = statistics.median(self.step_seconds)
+            entry["step_seconds_min"], entry["step_seconds_max"] = min(self.step_seconds), max(self.step_seconds)
+            entry["step_seconds_median"] = median
+            entry["tflops_per_second"] = None if self.model_flops is None else self.model_flops / median / 1e12
+        return entry
