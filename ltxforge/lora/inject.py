@@ -56,8 +56,8 @@ def inject(
     wrapped = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLinear)}
     assert wrapped.keys() == matched.layers.keys(), "PEFT wrapped other layers than the plan matched"
     for name, module in wrapped.items():
-        module.kernels = kernels
         _initialise(module, name, seed)
+        module.compute_with(kernels)
     parameters = sum(parameter.numel() for parameter in adapter_parameters(transformer).values())
     return LoraReport(
         layers=len(wrapped),

@@ -6,20 +6,34 @@ float32 masters, cast to the activations' dtype at use, so that small updates ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from ltxforge_kernels.choice import EAGER, Kernels
-from ltxforge_kernels.lora_linear import lora_linear
+from ltxforge_kernels.lora_linear import augment, draw_kept, lora_linear, refresh
 from peft.tuners import lora
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LoraLinear(lora.Linear):
-    """PEFT's LoRA linear with an explicit precision rule. Plain LoRA, one active adapter, nothing merged."""
+    """PEFT's LoRA linear with an explicit precision rule. Plain LoRA, one active adapter, nothing merged.
+
+    `augmented` [N, K + tail] holds W with a rounded copy of B behind it, where our kernels compute a 16-bit layer: then
+    the weight is a view of it, so that both are one matrix product. Derived: never saved, and as new as B at each use.
+    """
 
     kernels: Kernels = EAGER
+    augmented: Tensor | None = None
+    _copied: tuple[int, int] | None = None
+
+    def compute_with(self, kernels: Kernels) -> None:
+        """Take the run's choice, and store W as that wants it. Once, before the layer is first used."""
+        self.kernels = kernels
+        weight, (b,) = self.base_layer.weight, [each.weight for each in self.lora_B.values()]
+        if kernels.of("lora_linear") == "triton" and weight.dtype in (torch.bfloat16, torch.float16):
+            self._store(augment(weight, b.shape[1]))
 
     def forward(self, x: Tensor, *_args: Any, activation: str = "none", **_kwargs: Any) -> Tensor:
         """x: [..., in_features] → [..., out_features], in x's dtype. Disabled, it is the base layer alone.
@@ -31,25 +45,44 @@ class LoraLinear(lora.Linear):
         if not active:
             return self.base_layer(F.gelu(x, approximate="tanh") if activation == "gelu" else x)
         (adapter,) = active
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         kept, keep = self._kept(x, adapter)
         return lora_linear(
             x,
             self.base_layer.weight,
             self.base_layer.bias,
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
+            a,
+            b,
             self.scaling[adapter],
             kept,
             keep,
             activation,
+            self._augmented(b),
             implementation=self.kernels.on("lora_linear", x.shape),
         )
 
     def _kept(self, x: Tensor, adapter: str) -> tuple[Tensor | None, float]:
-        """What dropout leaves of x, bool, and the probability of that, from torch's default generator as `nn.Dropout`
-        draws; None where it leaves all.
-        """
+        """What dropout leaves of x and the probability of that; None where it leaves all."""
         dropout = getattr(self.lora_dropout[adapter], "p", 0.0)
-        if not self.training or not dropout:
-            return None, 1.0
-        return torch.empty_like(x, requires_grad=False).bernoulli_(1 - dropout).bool(), 1 - dropout
+        return (draw_kept(x, 1 - dropout), 1 - dropout) if self.training and dropout else (None, 1.0)
+
+    def _augmented(self, b: Tensor) -> Tensor | None:
+        """W with B as it is now. Between a forward and its backward B does not change, so neither does this."""
+        if self.augmented is not None and self._copied != (id(b), b._version):
+            refresh(self.augmented, b)
+            self._copied = (id(b), b._version)
+        return self.augmented
+
+    def _store(self, augmented: Tensor) -> None:
+        self.augmented, self._copied = augmented, None
+        self.base_layer.weight = nn.Parameter(augmented[:, : self.in_features], requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLinear:
+        """Moves W and what is behind it together, so that neither is there twice."""
+        augmented = self.augmented
+        if augmented is None:
+            return super()._apply(fn, recurse)
+        self.base_layer.weight = nn.Parameter(augmented.new_empty(0), requires_grad=False)
+        super()._apply(fn, recurse)
+        self._store(fn(augmented))
+        return self
