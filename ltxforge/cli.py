@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 
 Recipe = Annotated[Path, typer.Argument(help="The recipe, a TOML file.", show_default=False)]
+OptionalRecipe = Annotated[Path | None, typer.Argument(help="A recipe, for what it asks for.", show_default=False)]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. run.steps=500. Repeatable."),
@@ -105,6 +106,15 @@ def bench(
     loaded = [(suites.load(path, named), path) for path in paths]
     engine = _engine("ltxforge.benchmark")
     engine.run(loaded, engine.Request(named, out, against, resume, minutes), _screen(plain))
+
+
+@app.command()
+def kernels(recipe: OptionalRecipe = None, set_: Set = None, plain: Plain = False) -> None:
+    """List how each op is computed on this machine, and why."""
+    if recipe is None and set_:
+        raise typer.BadParameter("it overrides keys of a recipe, and none is given", param_hint="--set")
+    parsed = parse.load(recipe, set_ or ()) if recipe else None
+    _engine("ltxforge.kernel_listing").show_kernels(parsed and parsed.recipe, _screen(plain))
 
 
 @app.command()

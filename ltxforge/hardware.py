@@ -11,6 +11,8 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
+import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +31,7 @@ TRITON_PACKAGES = ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-trit
 class Hardware:
     """One device. `kind` is cuda, rocm, mps or cpu; capability is (major, minor) on cuda and (0, 0) elsewhere.
 
-    `gfx` names an AMD chip ("gfx942"), `triton` is its version, None where there is none, and `interpreted` whether
-    TRITON_INTERPRET is set.
+    `gfx` names an AMD chip ("gfx942"); `triton` and what follows it are as in `ltxforge_kernels.choice.Machine`.
     """
 
     kind: str
@@ -45,13 +46,15 @@ class Hardware:
     gfx: str = ""
     triton: str | None = None
     interpreted: bool = False
+    triton_lacks: str = ""
+    compile_lacks: str = ""
 
     @property
     def machine(self) -> Machine:
         """What the choice of kernels depends on."""
         major, minor = self.capability
         arch = {"cuda": 10 * major + minor, "rocm": self.gfx or None}.get(self.kind)
-        return Machine(self.kind, arch, self.triton, self.interpreted)
+        return Machine(self.kind, arch, self.triton, self.interpreted, self.triton_lacks, self.compile_lacks)
 
 
 def reset_peak(device: torch.device) -> None:
@@ -140,7 +143,7 @@ def detect() -> Hardware:
         kind=kind, name=name, capability=capability, memory_bytes=memory, has_bf16=has_bf16,
         threads=torch.get_num_threads(), versions=_versions(triton if kind in ("cuda", "rocm") else None),
         missing=_missing(kind), packages=_packages(), gfx=_gfx() if kind == "rocm" else "", triton=triton,
-        interpreted=_interpreted(),
+        interpreted=_interpreted(), triton_lacks=_triton_lacks(), compile_lacks=_compile_lacks(),
     )  # fmt: skip
 
 
@@ -175,6 +178,23 @@ def _triton() -> str | None:
 def _interpreted() -> bool:
     """Whether Triton would run kernels in its interpreter; the words are Triton's own."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _triton_lacks() -> str:
+    """What Triton compiles its launchers with. On Windows it brings that along."""
+    if platform.system() == "Windows":
+        return ""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler: gcc or clang, or the environment's CC"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        return "Python's headers (Python.h), a package such as python3-dev"
+    return ""
+
+
+def _compile_lacks() -> str:
+    """What torch.compile makes code for the CPU with, where Inductor looks for it."""
+    usual = {"Windows": "cl", "Darwin": "clang++"}.get(platform.system(), "g++")
+    return "" if shutil.which(os.environ.get("CXX", usual)) else f"a C++ compiler: {usual}, or the environment's CXX"
 
 
 def _versions(triton: str | None) -> dict[str, str]:

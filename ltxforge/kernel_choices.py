@@ -62,11 +62,11 @@ def choose_kernels(
 
 
 def _refusal(refused: Mapping[tuple[str, str], Collection[str]]) -> PlanError:
-    told = "; ".join(f"{', '.join(ops)} as {asked}: {obstacle}" for (asked, obstacle), ops in refused.items())
+    told = "; ".join(f"{asked} for {', '.join(ops)}: {obstacle}" for (asked, obstacle), ops in refused.items())
     return PlanError(
-        f"cannot be carried out here: {told}", where="[kernels]",
+        f"what [kernels] asks for cannot run here: {told}",
         remedy='Leave it out, then the plan chooses; "eager" runs everywhere.',
-    )  # fmt: skip
+    )
 
 
 def _kept(fresh: Choice, previous: Kernels, machine: Machine, dtype: str) -> Choice:
@@ -91,11 +91,11 @@ def changed(before: Kernels, now: Kernels) -> list[str]:
         was = next((each for each in before.choices if each.op == choice.op), Choice(choice.op, "eager", ""))
         if (was.implementation, was.exceptions) != (choice.implementation, choice.exceptions):
             moves.setdefault((was.implementation, choice.implementation), []).append(choice.op)
-    return [f"{', '.join(ops)} {_moved(*move)}" for move, ops in moves.items()]
+    return [f"{', '.join(ops)}: {_moved(*move)}" for move, ops in moves.items()]
 
 
 def _moved(was: str, now: str) -> str:
-    return f"was {was}, now {now}" if was != now else f"is {now} at other sizes"
+    return f"{now} instead of {was}" if was != now else f"{now} at other sizes"
 
 
 def widths_of(op: str, spec: ModelSpec) -> frozenset[int] | None:

@@ -229,7 +229,7 @@ def _conditioning(recipe: Recipe, spec: ModelSpec) -> ConditioningPlan:
     return ConditioningPlan(conditioning.first_frame, conditioning.caption_dropout, tokens)
 
 
-def _precisions(recipe: Recipe, hardware: Hardware, previous: Plan | None) -> tuple[str, str]:
+def precisions(recipe: Recipe, hardware: Hardware, previous: Plan | None) -> tuple[str, str]:
     """The base's and the encoders'. A run that goes on elsewhere keeps its own, unless the recipe says another, and
     with them its cache.
     """
@@ -240,15 +240,15 @@ def _precisions(recipe: Recipe, hardware: Hardware, previous: Plan | None) -> tu
 
 def _kernels(recipe: Recipe, facts: Facts, modalities: str) -> Kernels:
     """A run that goes on keeps its own where it can, unless the recipe says another."""
-    precisions = _precisions(recipe, facts.hardware, facts.previous)
+    dtypes = precisions(recipe, facts.hardware, facts.previous)
     return choose_kernels(
-        used_ops(modalities), facts.hardware.machine, *precisions, asked=asked_for(recipe.kernels), spec=facts.spec,
+        used_ops(modalities), facts.hardware.machine, *dtypes, asked=asked_for(recipe.kernels), spec=facts.spec,
         previous=facts.previous.kernels if facts.previous else None,
     )  # fmt: skip
 
 
 def _device(recipe: Recipe, hardware: Hardware, previous: Plan | None, kernels: Kernels) -> DevicePlan:
-    precision, encoders = _precisions(recipe, hardware, previous)
+    precision, encoders = precisions(recipe, hardware, previous)
     exactness, reason = _exactness(hardware, previous, kernels)
     return DevicePlan(
         precision=precision, encoder_precision=encoders, kind=hardware.kind, attention="PyTorch SDPA",

@@ -34,7 +34,7 @@ FLOORS = [
     {"models", "lora", "flow_matching", "dataset"},
     {"checkpoint", "optim", "run_directory", "estimates", "plan_notes", "kernel_choices"},
     {"trainer", "validation", "planner", "ui", "trackers"},
-    {"run", "session", "facts", "benchmark", "benchmarks"},
+    {"run", "session", "facts", "kernel_listing", "benchmark", "benchmarks"},
     {"cli", "__main__"},
 ]
 # Neighbours on one floor that may use each other, in this direction only.

@@ -8,12 +8,13 @@ import math
 from pathlib import Path
 
 import pytest
+from ltxforge_kernels.choice import EAGER, OPS
 
 from ltxforge.dataset.scan import Clip
 from ltxforge.errors import PlanError
 from ltxforge.hardware import Hardware
 from ltxforge.models.audio_features import MelSettings, latent_length
-from ltxforge.plan import AudioPlan, ComponentPlan, ModelPlan
+from ltxforge.plan import AudioPlan, ComponentPlan, ModelPlan, Plan, from_json, to_json
 from ltxforge.planner import Facts, make_plan
 from ltxforge.recipe.parse import parse
 from ltxforge.shapes import ClipShape
@@ -185,6 +186,68 @@ def test_another_machine_is_no_other_run_but_no_longer_exact():
     again = plan_for(hardware=elsewhere, previous=second)
     assert again.device.exactness_reason == second.device.exactness_reason, "once inexact, it stays so"
     assert plan_for(previous=first).device.exactness == "exact"
+
+
+TRITON = dataclasses.replace(GPU, triton="3.7.1", versions={"torch": "2.13.0", "triton": "3.7.1"})
+
+
+def kernels_of(plan):
+    return {choice.op: choice.implementation for choice in plan.kernels.choices}
+
+
+def test_kernels_are_chosen_from_the_device():
+    on_cpu, on_gpu = plan_for(), plan_for(hardware=TRITON)
+    assert set(kernels_of(on_cpu)) == set(kernels_of(on_gpu)) == set(OPS)
+    assert set(kernels_of(on_cpu).values()) == {"eager"} and set(kernels_of(on_gpu).values()) == {"triton"}
+    assert on_gpu.kernels.choices[0].reason == "Triton 3.7.1 on sm_90"
+    assert on_cpu.identity_digest() == plan_for(MINIMAL + '[kernels]\nall = "compile"\n').identity_digest()
+    assert on_cpu.origins["kernels.gelu"] == "device"
+    assert from_json(Plan, to_json(on_gpu)).kernels == on_gpu.kernels
+
+
+def test_the_recipe_s_word_on_kernels_holds_and_is_named():
+    plan = plan_for(MINIMAL + '[kernels]\nall = "eager"\ngelu = "triton"\n', hardware=TRITON)
+    assert kernels_of(plan) == {**dict.fromkeys(OPS, "eager"), "gelu": "triton"}
+    assert (plan.origins["kernels.gelu"], plan.origins["kernels.lora_linear"]) == ("recipe", "recipe")
+    with pytest.raises(
+        PlanError, match=r"what \[kernels\] asks for cannot run here: triton for gelu: our kernels need"
+    ):
+        plan_for(MINIMAL + '[kernels]\ngelu = "triton"\n')
+
+
+def test_a_run_keeps_its_kernels_and_says_when_it_cannot():
+    first = plan_for(hardware=TRITON)
+    assert plan_for(hardware=TRITON, previous=first).kernels == first.kernels
+    without = plan_for(hardware=dataclasses.replace(GPU, versions=TRITON.versions), previous=first)
+    assert set(kernels_of(without).values()) == {"eager"}
+    told = f"changed since this run began: {', '.join(OPS)}: eager instead of triton"
+    assert without.device.exactness_reason == told
+    assert without.identity_digest() == first.identity_digest()
+    back = plan_for(hardware=TRITON, previous=without)
+    assert back.kernels.choices[0].reason == "this run began with it" and back.device.exactness_reason == told
+
+
+def test_other_kernels_on_a_cpu_end_its_exactness():
+    first = plan_for()
+    asked = plan_for(MINIMAL + '[kernels]\ngelu = "compile"\n', previous=first)
+    assert (asked.device.exactness, asked.device.exactness_reason) == (
+        "statistical",
+        "changed since this run began: gelu: compile instead of eager",
+    )
+    compiled = plan_for(MINIMAL + '[kernels]\ngelu = "compile"\n')
+    assert compiled.device.exactness == "statistical" and "torch.compile" in compiled.device.exactness_reason
+    again = plan_for(MINIMAL, previous=compiled)
+    assert kernels_of(again)["gelu"] == "compile" and again.device == compiled.device
+    assert plan_for(MINIMAL + '[kernels]\nall = "eager"\n', previous=first).device.exactness == "exact"
+
+
+def test_an_earlier_release_s_run_stays_eager():
+    first = dataclasses.replace(plan_for(hardware=TRITON), kernels=EAGER)
+    second = plan_for(hardware=TRITON, previous=first)
+    assert (
+        set(kernels_of(second).values()) == {"eager"}
+        and second.device.exactness_reason == first.device.exactness_reason
+    )
 
 
 def test_8bit_adamw_without_its_package_is_refused_before_anything_loads():

@@ -41,6 +41,7 @@ from ltxforge.validation import sample as sampling
 from ltxforge.validation.sample import sample
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 SMALL = [
     "run.steps=3", "checkpoint.every=2", "training.batch_size=2", "lora.rank=4", "optimizer.warmup_steps=1",
@@ -102,7 +103,7 @@ def test_shipped_recipes_run(recipe, here, clips):
 def test_the_quickstart_takes_less_than_two_minutes(tmp_path, record_property):
     """The README's promise, as a user runs it: a process of its own, nothing cached, nothing overridden."""
     command = [sys.executable, "-m", "ltxforge", "run", str(ROOT / "recipes/quickstart.toml")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": SOURCES}
     environment.pop("OMP_NUM_THREADS", None)
     began = time.perf_counter()
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -207,7 +208,7 @@ def test_an_unreachable_hub_is_one_clear_message(here, clips):
         "HF_ENDPOINT": "http://127.0.0.1:9",
         "HF_HOME": str(here / "hf"),
         "PATH": "",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": SOURCES,
     }
     result = subprocess.run(
         [sys.executable, "-c", code, *command], env=environment, capture_output=True, text=True, timeout=120
@@ -222,7 +223,7 @@ def test_a_recipe_mistake_ends_with_2_and_starts_nothing(here):
         '[model]\nbase = "tiny/ltx-video"\n[run]\nsteps = 3\n[[dataset]]\npath = "x"\nframes = 61\n', "utf-8"
     )
     command = [sys.executable, "-m", "ltxforge", "run", str(recipe)]
-    result = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    result = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": SOURCES, "PATH": ""})
     assert result.returncode == 2 and "57 or 65" in result.stderr and "mine.toml:7:" in result.stderr
     assert [path.name for path in here.iterdir()] == ["mine.toml"]
     with pytest.raises(RecipeError):

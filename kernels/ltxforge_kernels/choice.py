@@ -35,12 +35,16 @@ class Machine:
         arch: compute capability as one number (90 for 9.0) on cuda, "gfx942" and the like on rocm, None elsewhere.
         triton: Triton's version, or None where it is not installed.
         interpreted: whether TRITON_INTERPRET is set: kernels then run in numpy, for tests.
+        triton_lacks: what Triton needs besides itself and does not find here, in words; "" if nothing.
+        compile_lacks: the same of torch.compile.
     """
 
     device: str
     arch: int | str | None = None
     triton: str | None = None
     interpreted: bool = False
+    triton_lacks: str = ""
+    compile_lacks: str = ""
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,8 @@ def why_no_triton(machine: Machine, dtype: str) -> str | None:
         return f"our kernels need an NVIDIA or AMD GPU, and this is {machine.device}"
     if machine.triton is None:
         return "Triton is not installed"
+    if machine.triton_lacks:
+        return f"Triton needs {machine.triton_lacks}"
     if machine.interpreted:
         return "TRITON_INTERPRET is set, so that Triton runs without the GPU"
     if machine.device == "cuda" and (not isinstance(machine.arch, int) or machine.arch < OLDEST_CUDA_ARCH):
@@ -190,10 +196,12 @@ def why_no_triton(machine: Machine, dtype: str) -> str | None:
 
 
 def why_no_compile(machine: Machine) -> str | None:
-    """What stands against torch.compile: on a GPU its code is Triton's."""
-    if machine.device in ("cuda", "rocm") and machine.triton is None:
+    """What stands against torch.compile: on a GPU its code is Triton's, elsewhere C++."""
+    if machine.device not in ("cuda", "rocm"):
+        return f"torch.compile needs {machine.compile_lacks}" if machine.compile_lacks else None
+    if machine.triton is None:
         return "torch.compile needs Triton on a GPU, and it is not installed"
-    return None
+    return f"torch.compile needs Triton, which needs {machine.triton_lacks}" if machine.triton_lacks else None
 
 
 def arch_name(machine: Machine) -> str:

@@ -149,6 +149,13 @@ def _first_frame_is_seen(recipe: Recipe) -> Iterator[Fault]:
         yield warning(key_of("conditioning.first_frame"), what, other=key_of("training.modalities"))
 
 
+@rule("training.modalities", "kernels.causal_conv3d")
+def _pictures_are_encoded(recipe: Recipe) -> Iterator[Fault]:
+    if recipe.training.modalities == "audio" and recipe.kernels.causal_conv3d is not None:
+        what = "causal_conv3d means nothing here: sound is trained alone, no picture is encoded"
+        yield warning(key_of("kernels.causal_conv3d"), what, other=key_of("training.modalities"))
+
+
 def _trained(recipe: Recipe) -> str | None:
     """The modalities that will be trained, as far as the text says it."""
     return recipe.training.modalities or {"ltx-video": "video", "ltx-2": "both"}.get(family_named(recipe.model) or "")

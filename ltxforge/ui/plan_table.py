@@ -15,6 +15,7 @@ from rich.text import Text
 from ltxforge.plan import LoraPlan, Plan, PromptPlan
 from ltxforge.printable import printable
 from ltxforge.specs import SPECS
+from ltxforge.ui.kernels_table import kernel_rows
 from ltxforge.ui.text import counted, number, short, size
 
 # Label, value, and who decided it: "recipe", "default", "device", "weights", "dataset" or nobody in particular.
@@ -115,6 +116,7 @@ def _device(plan: Plan) -> list[Row]:
             plan.origins.get("training.precision", ""),
         ),
         ("attention", device.attention, "device"),
+        *kernel_rows(plan.kernels, plan.origins),
         ("a resume is", f"{device.exactness}: {device.exactness_reason}", "device"),
         ("processes", number(plan.world_size), "device"),
         ("versions", versions, "device"),

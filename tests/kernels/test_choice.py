@@ -32,6 +32,7 @@ MI300 = Machine("rocm", "gfx942", "3.7.1")
         (Machine("cpu", None, "3.7.1"), "fp32", "eager", "our kernels need an NVIDIA or AMD GPU, and this is cpu"),
         (Machine("mps"), "bf16", "eager", "our kernels need an NVIDIA or AMD GPU, and this is mps"),
         (Machine("cuda", 90), "bf16", "eager", "Triton is not installed"),
+        (Machine("cuda", 90, "3.7.1", triton_lacks="a C compiler"), "bf16", "eager", "Triton needs a C compiler"),
         (Machine("cuda", 75, "3.7.1"), "fp16", "eager", "our kernels start at sm_80, and this is sm_75"),
         (Machine("cuda", 90, "3.7.1", True), "bf16", "eager", "TRITON_INTERPRET is set"),
         (H200, "fp64", "eager", "our kernels hold fp32, bf16, fp16, not fp64"),
@@ -59,6 +60,12 @@ def test_a_cpu_can_compile(override):
     [
         (Machine("cpu"), "triton", "flow_matching cannot be triton here: our kernels need an NVIDIA or AMD GPU"),
         (Machine("cuda", 90), "compile", "torch.compile needs Triton on a GPU"),
+        (
+            Machine("cuda", 90, "3.7.1", triton_lacks="a C compiler"),
+            "compile",
+            "needs Triton, which needs a C compiler",
+        ),
+        (Machine("cpu", compile_lacks="a C++ compiler"), "compile", "torch.compile needs a C\\+\\+ compiler"),
         (H200, "cuda", "flow_matching has no implementation 'cuda', only triton, compile, eager"),
     ],
 )

@@ -100,7 +100,7 @@ class Server:
 
     def __init__(self, hash_seed: int = 0) -> None:
         one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, **one, "PYTHONPATH": path, "PYTHONHASHSEED": str(hash_seed), "CI": "1"}
         environment.pop("WORLD_SIZE", None)
         self._process = subprocess.Popen(

@@ -36,7 +36,8 @@ def test_a_really_new_process_goes_on(work, reference):
     """Not forked: another interpreter with another hash seed, as a person starts it."""
     work.run(code=143, signal_at={"at": {"event": "StepDone", "step": 7}, "signal": signal.SIGTERM})
     command = [sys.executable, "-m", "ltxforge", "run", str(work.recipe), "--out", str(work.out()), "--plain"]
-    path = os.pathsep.join([str(Path(ltxforge.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    root = Path(ltxforge.__file__).parent.parent
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "random", "PYTHONPATH": path}
     subprocess.run(command, cwd=work.folder, env=environment, check=True, stdout=subprocess.DEVNULL)
     reference.require(work.out())

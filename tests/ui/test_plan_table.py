@@ -4,6 +4,7 @@ import dataclasses
 import io
 
 import pytest
+from ltxforge_kernels.choice import Choice, Kernels, TokenRange
 from rich.console import Console
 
 from ltxforge.plan import (
@@ -183,6 +184,7 @@ ELSEWHERE = {
     "origins": "are the last column",
     "data.samples": "are counted; the verdicts list the clips",
     "estimates.text_bytes": "stand beside each other for LTX-2, see above; other models have one way",
+    "kernels.choices": "are grouped, see below",
     "cache.text": "is read by LTX-2 alone, see above",
 }
 
@@ -230,3 +232,13 @@ def other_value(value):
     if isinstance(value, dict) and not value:
         return {"torch": "9.9"}
     return None
+
+
+def test_how_each_op_is_computed_is_told_in_as_few_rows_as_there_are_answers(plan_maker):
+    choices = [Choice(op, "triton", "Triton 4.5.6 on sm_90") for op in ("gelu", "lora_linear")]
+    small = TokenRange(0, 1119, 8192, "compile", "h200/kernels.json")
+    one = told(plan_maker(kernels=Kernels(tuple(choices)), origins={"kernels.gelu": "x", "kernels.lora_linear": "x"}))
+    assert "kernels triton: Triton 4.5.6 on sm_90 x" in one
+    choices[0] = Choice("gelu", "eager", "because", (small,))
+    text = told(plan_maker(kernels=Kernels(tuple(choices))))
+    assert "kernels eager for gelu: because triton for lora_linear: Triton 4.5.6 on sm_90 gelu: compile up to" in text
