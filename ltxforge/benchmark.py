@@ -6,6 +6,7 @@ written anew, so that a machine that is taken away keeps what was measured. How 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -18,9 +19,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import ltxforge_kernels
 import torch
 
-from ltxforge.benchmarks import step
+from ltxforge.benchmarks import kernels, step
 from ltxforge.benchmarks.against import Baseline, compare, read_baseline
 from ltxforge.benchmarks.bench import Bench, Told
 from ltxforge.benchmarks.finished import Finished, read_finished
@@ -34,12 +36,12 @@ from ltxforge.suites.case import Result
 from ltxforge.suites.read import Suite
 from ltxforge.ui.dispatch import Dispatcher
 from ltxforge.ui.ratio_chart import ratio_chart_svg
-from ltxforge.ui.results_table import against_table, markdown, results_table
+from ltxforge.ui.results_table import against_table, markdown, resources_table, results_table
 from ltxforge.ui.screen import Screen
 
 FORMAT = 2
 PACKAGES = ("diffusers", "transformers", "peft", "triton", "bitsandbytes", "liger_kernel")
-KINDS: dict[str, Callable[..., Bench]] = {"step": step.begin}
+KINDS: dict[str, Callable[..., Bench]] = {"kernels": kernels.begin, "step": step.begin}
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class _Session:
         self.head = about(suite, command(path, request.named), hardware)
         self.baseline: Baseline | None = read_baseline(request.against, self.head) if request.against else None
         self.finished: Finished = read_finished(self.target, self.head) if request.resume else Finished()
+        self.head = {**self.finished.head, **self.head}
 
     def measure(self, told: Told, stop: StopRequest, screen: Screen) -> list[str]:
         """Measure every case that is not finished yet; gives what is wrong, one line each."""
@@ -135,6 +138,8 @@ class _Session:
         entries = results["cases"]
         if not entries:
             return []
+        if records := results.get("resources"):
+            screen.show(resources_table(records))
         screen.show(results_table(self.suite.suite, entries))
         write_file(self.target.with_suffix(".md"), markdown(results, entries))
         if chart := ratio_chart_svg(results, entries):
@@ -182,7 +187,17 @@ def about(suite: Suite, told: str, hardware: Hardware) -> dict[str, Any]:
             "memory_bytes": hardware.memory_bytes,
         },
         "versions": {**hardware.versions, **_packages(), "cuda": torch.version.cuda or torch.version.hip or "none"},
+        "kernels": kernels_digest(),
     }
+
+
+def kernels_digest() -> str:
+    """Of our kernels' sources: what was measured with others says nothing about these."""
+    folder = Path(ltxforge_kernels.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _packages() -> dict[str, str]:

@@ -84,6 +84,11 @@ def implementations(choice: Choice) -> set[str]:
     return {choice.implementation, *(each.implementation for each in choice.exceptions)}
 
 
+def compiles(kernels: Kernels) -> bool:
+    """Whether anything is compiled while it runs; on a GPU Triton does that."""
+    return any(implementations(choice) != {"eager"} for choice in kernels.choices)
+
+
 def changed(before: Kernels, now: Kernels) -> list[str]:
     """What two attempts of a run compute differently, in words: bits may differ from there on."""
     moves: dict[tuple[str, str], list[str]] = {}

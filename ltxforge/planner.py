@@ -16,7 +16,8 @@ from ltxforge_kernels.choice import OPS, Kernels
 
 from ltxforge.errors import PlanError
 from ltxforge.estimates import estimate, sample_bytes
-from ltxforge.kernel_choices import asked_for, changed, choose_kernels, implementations, used_ops
+from ltxforge.exactness import exactness_of
+from ltxforge.kernel_choices import asked_for, choose_kernels, used_ops
 from ltxforge.lora.init_from import LoraFile, require_trainable
 from ltxforge.lora.targets import match
 from ltxforge.modalities import has
@@ -249,27 +250,11 @@ def _kernels(recipe: Recipe, facts: Facts, modalities: str) -> Kernels:
 
 def _device(recipe: Recipe, hardware: Hardware, previous: Plan | None, kernels: Kernels) -> DevicePlan:
     precision, encoders = precisions(recipe, hardware, previous)
-    exactness, reason = _exactness(hardware, previous, kernels)
+    exactness, reason = exactness_of(hardware, previous, kernels)
     return DevicePlan(
         precision=precision, encoder_precision=encoders, kind=hardware.kind, attention="PyTorch SDPA",
         exactness=exactness, exactness_reason=reason, name=hardware.name, versions=dict(hardware.versions),
     )  # fmt: skip
-
-
-def _exactness(hardware: Hardware, previous: Plan | None, kernels: Kernels) -> tuple[str, str]:
-    """Whether a resume gives the same bits, and why or why not."""
-    if previous is not None and (changes := [*_changes(previous, hardware), *changed(previous.kernels, kernels)]):
-        return "statistical", f"changed since this run began: {'; '.join(changes)}"
-    if previous is not None and previous.device.exactness == "statistical":
-        return "statistical", previous.device.exactness_reason
-    if hardware.kind != "cpu":
-        return (
-            "statistical",
-            "PyTorch's fused attention adds gradients in a varying order on GPUs; draws and data order are exact",
-        )
-    if any("compile" in implementations(choice) for choice in kernels.choices):
-        return "statistical", "torch.compile's code for a shape depends on the shapes that the process met before"
-    return "exact", "every operation of PyTorch used here adds in a fixed order on the CPU"
 
 
 def _flow(recipe: Recipe) -> FlowPlan:
@@ -488,15 +473,3 @@ def _origins(recipe: Recipe, facts: Facts) -> dict[str, str]:
     if recipe.validation.stg and not facts.spec.skips_attention:
         origins["validation.stg"] = "weights"  # which have nothing to skip, so that it is off
     return origins
-
-
-def _changes(saved: Plan, hardware: Hardware) -> list[str]:
-    """What differs, in words, between the machines and versions of two attempts: any of it may change bits."""
-    before = {**saved.device.versions, "device": f"{saved.device.kind} {saved.device.name}".strip()}
-    now = {**hardware.versions, "device": f"{hardware.kind} {hardware.name}".strip()}
-    harmless = {"ltxforge", "python"}
-    return [
-        f"{name} was {before.get(name, 'unknown')}, now {now.get(name, 'unknown')}"
-        for name in sorted((before.keys() | now.keys()) - harmless)
-        if before.get(name) != now.get(name)
-    ]

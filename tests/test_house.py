@@ -32,7 +32,7 @@ FLOORS = [
     {"recipe", "specs", "specs_ltx2", "specs_ltx_video"},
     {"plan", "suites", "media", "hardware", "distributed"},
     {"models", "lora", "flow_matching", "dataset"},
-    {"checkpoint", "optim", "run_directory", "estimates", "plan_notes", "kernel_choices"},
+    {"checkpoint", "optim", "run_directory", "estimates", "plan_notes", "kernel_choices", "exactness"},
     {"trainer", "validation", "planner", "ui", "trackers"},
     {"run", "session", "facts", "kernel_listing", "benchmark", "benchmarks"},
     {"cli", "__main__"},
@@ -51,6 +51,7 @@ BESIDE = {
     ("dataset", "models"),
     ("models", "lora"),
     ("run_directory", "checkpoint"),
+    ("exactness", "kernel_choices"),
     ("planner", "validation"),
     ("ui", "trackers"),
     ("run", "facts"),
@@ -266,7 +267,8 @@ def test_a_suite_s_mistakes_are_told_without_torch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["check", "recipes/quickstart.toml"], ["--help"], ["schema"], ["bench", "--help"]]
+    "arguments",
+    [["check", "recipes/quickstart.toml"], ["--help"], ["schema"], ["bench", "--help"], ["kernels", "--help"]],
 )
 def test_light_verbs_answer_at_once(arguments):
     """Well under half a second on an idle machine; the best of three here, where other tests share the cores."""

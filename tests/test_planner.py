@@ -227,6 +227,17 @@ def test_a_run_keeps_its_kernels_and_says_when_it_cannot():
     assert back.kernels.choices[0].reason == "this run began with it" and back.device.exactness_reason == told
 
 
+def test_triton_s_version_counts_where_triton_compiles():
+    other = dataclasses.replace(TRITON, triton="3.8.0", versions={**TRITON.versions, "triton": "3.8.0"})
+    told = plan_for(hardware=other, previous=plan_for(hardware=TRITON)).device.exactness_reason
+    assert told == "changed since this run began: triton was 3.7.1, now 3.8.0"
+    eager = MINIMAL + '[kernels]\nall = "eager"\n'
+    assert (
+        "triton"
+        not in plan_for(eager, hardware=other, previous=plan_for(eager, hardware=TRITON)).device.exactness_reason
+    )
+
+
 def test_other_kernels_on_a_cpu_end_its_exactness():
     first = plan_for()
     asked = plan_for(MINIMAL + '[kernels]\ngelu = "compile"\n', previous=first)

@@ -162,12 +162,16 @@ def measure(label: str, dot: bool, name: str, chip: Chip, kernel: str, compiled:
 
 
 def ptx_widths(ptx: str, kind: str) -> list[int]:
-    """Bytes of each access to global memory: `ld.global.v4.b32` is 16. Asynchronous copies count as loads."""
+    """Bytes of each access to global memory: `ld.global.v4.b32` is 16. Asynchronous copies count as loads.
+
+    One by the tensor memory engine counts as 16, the least that it moves.
+    """
     found = re.findall(rf"\b{kind}\.global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx)
     widths = [int(lanes or 1) * int(bits) // 8 for lanes, bits in found]
     if kind == "ld":
-        widths += [int(size) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^,]+, [^,]+, (\w+)", ptx)]
-    return widths
+        widths += [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^,]+, [^,]+, (\w+)", ptx)]
+    way = r"shared::\w+\.global" if kind == "ld" else r"global\.shared::\w+"
+    return widths + [16] * len(re.findall(rf"cp\.async\.bulk\.tensor\.\dd\.{way}", ptx))
 
 
 def amd_widths(assembly: str, kind: str) -> list[int]:

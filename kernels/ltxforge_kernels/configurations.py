@@ -58,6 +58,24 @@ class Row:
 
 # The interpreter pays for each program, not for registers, so its tiles are large.
 TABLE = (
+    # 256 pixels by 128 channels: 128 numbers a thread. An inner step of 64 channels is a line of 128 bytes. The widest
+    # layers have few pixels, so that smaller tiles occupy more of the chip.
+    Row("causal_conv3d.tile", Configuration({"ROWS": 16, "COLUMNS": 16, "OUT": 128, "IN": 64}, 8, 4)),
+    Row("causal_conv3d.tile", Configuration({"ROWS": 16, "COLUMNS": 16, "OUT": 64, "IN": 64}, 8, 4), width=64),
+    Row("causal_conv3d.tile", Configuration({"ROWS": 8, "COLUMNS": 8, "OUT": 128, "IN": 64}, 4, 4), width=2048),
+    Row("causal_conv3d.tile", Configuration({"ROWS": 8, "COLUMNS": 16, "OUT": 64, "IN": 64}, 8, 3), arch=120),
+    Row("causal_conv3d.tile", Configuration({"ROWS": 4, "COLUMNS": 8, "OUT": 64, "IN": 64}), arch=INTERPRETER),
+    Row("causal_conv3d.pixel", Configuration({"PIXELS": 128, "OUT": 128, "IN": 64}, 8, 3)),
+    Row("causal_conv3d.pixel", Configuration({"PIXELS": 128, "OUT": 128, "IN": 32}, 8, 2), arch="gfx942"),
+    # On plain arithmetic units, since float32 stays float32.
+    Row("causal_conv3d.pixel", Configuration({"PIXELS": 64, "OUT": 32, "IN": 16}, 8, 2), dtype=torch.float32),
+    Row("causal_conv3d.pixel", Configuration({"PIXELS": 64, "OUT": 32, "IN": 16}, 8, 2), "gfx942", torch.float32),
+    Row("causal_conv3d.pixel", Configuration({"PIXELS": 512, "OUT": 64, "IN": 64}), arch=INTERPRETER),
+    Row("causal_conv3d.activate", Configuration({"PIXELS": 8})),
+    Row("causal_conv3d.activate", Configuration({"PIXELS": 4}), width=512),
+    Row("causal_conv3d.activate", Configuration({"PIXELS": 2}), width=1024),
+    Row("causal_conv3d.activate", Configuration({"PIXELS": 1}), width=2048),
+    Row("causal_conv3d.activate", Configuration({"PIXELS": 256}), arch=INTERPRETER),
     Row("flow_matching.noise", Configuration({"TOKENS": 8})),
     Row("flow_matching.noise", Configuration({"TOKENS": 64}), arch=INTERPRETER),
     Row("flow_matching.residual", Configuration({"TOKENS": 8})),
@@ -89,10 +107,88 @@ TABLE = (
     Row("gelu.forward", Configuration({"BLOCK": 16384}), arch=INTERPRETER),
     Row("gelu.backward", Configuration({"BLOCK": 2048})),
     Row("gelu.backward", Configuration({"BLOCK": 16384}), arch=INTERPRETER),
+    # By rank: wide ranks take more of a program, and longer chunks, whose partial sums are as wide.
+    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 128}, 4, 3)),
+    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 128}, 2, 3), width=16),
+    Row("lora_linear.forward", Configuration({"ROWS": 64, "COLUMNS": 64}, 8, 3), width=128),
+    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 64}, 8, 2), width=256),
+    Row("lora_linear.backward", Configuration({"ROWS": 64, "COLUMNS": 64, "CHUNK": 512}, 8, 2)),
+    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 64, "CHUNK": 512}, 8, 2), width=16),
+    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 64, "CHUNK": 512}, 8, 2), width=64),
+    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 64, "CHUNK": 1024}, 8, 2), width=128),
+    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 1024}, 8, 2), width=256),
+    # On plain arithmetic units, since float32 stays float32.
+    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 32}, 8, 2), dtype=torch.float32),
+    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 512}, 8, 2), dtype=torch.float32),
+    Row(
+        "lora_linear.backward",
+        Configuration({"ROWS": 16, "COLUMNS": 32, "CHUNK": 512}, 8, 1),
+        dtype=torch.float32,
+        width=128,
+    ),
+    Row(
+        "lora_linear.backward",
+        Configuration({"ROWS": 16, "COLUMNS": 16, "CHUNK": 512}, 8, 1),
+        dtype=torch.float32,
+        width=256,
+    ),
+    # Small, so that tests reach more than one chunk and more than one pass of each loop.
+    Row("lora_linear.forward", Configuration({"ROWS": 64, "COLUMNS": 1024}), arch=INTERPRETER),
+    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 1024, "CHUNK": 64}), arch=INTERPRETER),
+    # One program a row, as adaln_rms_norm's.
+    Row("int8.quantise", Configuration({}, num_warps=4)),
+    Row("int8.quantise", Configuration({}, num_warps=8), width=4096),
+    Row("int8.quantise", Configuration({}, num_warps=16), width=8192),
+    Row("int8.quantise", Configuration({}, num_warps=16), width=16384),
+    Row("int8.dequantise", Configuration({"ROWS": 16, "COLUMNS": 256})),
+    Row("int8.dequantise", Configuration({"ROWS": 64, "COLUMNS": 256}), arch=INTERPRETER),
+    Row("int8.forward", Configuration({"BM": 128, "BN": 128, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3)),
+    Row("int8.forward", Configuration({"BM": 64, "BN": 128, "BK": 128, "GROUP": 2}), arch=INTERPRETER),
+    Row(
+        "int8.forward",
+        Configuration({"BM": 128, "BN": 256, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3),
+        arch=90,
+    ),
+    Row(
+        "int8.forward",
+        Configuration({"BM": 128, "BN": 256, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3),
+        arch=100,
+    ),
+    # BK of 128 spills at rank 128: the weight lies the wrong way round and passes through registers.
+    Row("int8.backward", Configuration({"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=4)),
+    Row("int8.backward", Configuration({"BM": 64, "BN": 128, "BK": 128, "GROUP": 2}), arch=INTERPRETER),
+    Row("int8.project", Configuration({"BM": 32, "BK": 128}, num_stages=3)),
+    Row("int8.project", Configuration({"BM": 64, "BK": 128}), arch=INTERPRETER),
+    Row("int8.over_tokens", Configuration({"PARTS": 8, "BM": 64, "BK": 128}, num_warps=8, num_stages=3)),
+    # So that tests reach parts of several tiles, and parts without tokens.
+    Row("int8.over_tokens", Configuration({"PARTS": 2, "BM": 32, "BK": 128}), arch=INTERPRETER),
+    # 64 KB of shared memory hold two stages.
+    Row(
+        "int8.forward",
+        Configuration({"BM": 128, "BN": 128, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=2),
+        arch="gfx942",
+    ),
+    Row(
+        "int8.backward",
+        Configuration({"BM": 128, "BN": 128, "BK": 64, "GROUP": 8}, num_warps=8, num_stages=2),
+        arch="gfx942",
+    ),
+    Row("int8.project", Configuration({"BM": 32, "BK": 128}, num_stages=2), arch="gfx942"),
+    Row("int8.over_tokens", Configuration({"PARTS": 8, "BM": 64, "BK": 128}, num_warps=8, num_stages=2), arch="gfx942"),
     # 64 lanes a warp: twice the tokens, so that a lane still stores 16 bytes of bf16.
     Row("flow_matching.noise", Configuration({"TOKENS": 16}), arch="gfx942"),
     Row("flow_matching.residual", Configuration({"TOKENS": 16}), arch="gfx942"),
     Row("flow_matching.gradient", Configuration({"TOKENS": 16}), arch="gfx942"),
+    # 16 bytes of codes a thread, which are 32 elements.
+    Row("nf4.unpack", Configuration({"BYTES": 2048, "GATHER": 0})),
+    Row("nf4.unpack", Configuration({"BYTES": 65536, "GATHER": 0}), arch=INTERPRETER),
+    Row("nf4.pack", Configuration({"ELEMENTS": 1024})),
+    Row("nf4.pack", Configuration({"ELEMENTS": 65536}), arch=INTERPRETER),
+    # One tile of tokens: each weight is unpacked once.
+    Row("nf4.small_product", Configuration({"ROWS": 64, "TOKENS": 128, "DEPTH": 64}, 4, 3)),
+    Row("nf4.small_product", Configuration({"ROWS": 64, "TOKENS": 64, "DEPTH": 128}), arch=INTERPRETER),
+    Row("nf4.unpack", Configuration({"BYTES": 4096, "GATHER": 0}), arch="gfx942"),
+    Row("nf4.pack", Configuration({"ELEMENTS": 2048}), arch="gfx942"),
 )
 
 

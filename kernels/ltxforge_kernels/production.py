@@ -6,6 +6,7 @@ answer meta tensors with their fakes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,12 +15,25 @@ import torch
 from ltxforge_kernels.adaln_rms_norm import launch as adaln_rms_norm
 from ltxforge_kernels.adaln_rms_norm.inputs import inputs as adaln_rms_norm_inputs
 from ltxforge_kernels.cases import FEED_FORWARD, HIDDEN, LATENTS, Filler
+from ltxforge_kernels.causal_conv3d import launch as causal_conv3d
+from ltxforge_kernels.causal_conv3d.inputs import HOT, NARROW
+from ltxforge_kernels.causal_conv3d.inputs import inputs as causal_conv3d_inputs
 from ltxforge_kernels.flow_matching import launch as flow_matching
 from ltxforge_kernels.flow_matching.inputs import inputs as flow_matching_inputs
 from ltxforge_kernels.gated_residual import launch as gated_residual
 from ltxforge_kernels.gated_residual.inputs import inputs as gated_residual_inputs
 from ltxforge_kernels.gelu import launch as gelu
 from ltxforge_kernels.gelu.inputs import inputs as gelu_inputs
+from ltxforge_kernels.int8 import launch as int8
+from ltxforge_kernels.int8.inputs import Inputs as Int8Inputs
+from ltxforge_kernels.int8.inputs import inputs as int8_inputs
+from ltxforge_kernels.lora_linear import launch as lora_linear
+from ltxforge_kernels.lora_linear.inputs import Inputs as LoraInputs
+from ltxforge_kernels.lora_linear.inputs import LayerShape
+from ltxforge_kernels.lora_linear.inputs import inputs as lora_linear_inputs
+from ltxforge_kernels.nf4 import launch as nf4
+from ltxforge_kernels.nf4.inputs import SOUND, WIDEST, empty_weight
+from ltxforge_kernels.nf4.inputs import inputs as nf4_inputs
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,20 @@ class Launch:
     run: Callable[[torch.dtype], object]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     dot: bool = False
+
+
+def causal_conv3d_chunk(dtype: torch.dtype) -> None:
+    """An encoder's first convolution, one with all that can be fused into it, and one of few channels."""
+    for shape, residual, eps in ((HOT[0], False, None), (HOT[3], True, 1e-8), (NARROW, False, None)):
+        given = causal_conv3d_inputs(shape, Filler("meta"), dtype, residual=residual)
+        causal_conv3d.launch_forward(given.x, given.weight, given.bias, given.state, given.residual, eps)
+
+
+def causal_conv3d_activation(dtype: torch.dtype) -> None:
+    """What precedes a convolution, at every width."""
+    for shape in HOT[1:]:
+        x = causal_conv3d.pixels_first(causal_conv3d_inputs(shape, Filler("meta"), dtype, residual=False).x)
+        causal_conv3d.launch_activation(x, x.new_empty(1, shape.frames + 2, *x.shape[2:]), 1e-8)
 
 
 def flow_matching_step(dtype: torch.dtype) -> None:
@@ -80,9 +108,104 @@ def gelu_step(dtype: torch.dtype) -> None:
         gelu.launch_backward(given.upstream, given.x)
 
 
+def lora_layer(given: LoraInputs) -> None:
+    """Forward and every gradient of one layer."""
+    stored = given.weight if given.augmented is None else given.augmented
+    settings = (given.scale, given.kept, given.keep, given.activation, given.augmented is not None)
+    _, branch = lora_linear.launch_linear(given.x, stored, given.bias, given.a, given.b, *settings)
+    kept = (given.upstream, given.x, stored, given.a, given.b, branch, *settings)
+    lora_linear.launch_linear_gradients(*kept, of_x=True)
+
+
+def lora_linear_step(dtype: torch.dtype) -> None:
+    """With all that a kernel can do in one, at every rank's bucket; the usual rank in either layout; a bare branch."""
+    fill = Filler("meta")
+    for rank in (4, 32, 64, 128, 256):
+        layer = LayerShape("", 6144, 4096, 4096, rank)
+        lora_layer(lora_linear_inputs(layer, fill, dtype, augmented=True, dropout=0.1, activation="gelu"))
+    layer = LayerShape("", 6144, 2048, 2048, 32)
+    lora_layer(lora_linear_inputs(layer, fill, dtype, augmented=True))
+    given = lora_linear_inputs(layer, fill, dtype)
+    lora_layer(given)
+    of = (given.x, given.a, given.b)
+    _, branch = lora_linear.launch_onto(given.x, given.upstream, *of[1:], given.scale, None, 1.0)
+    lora_linear.launch_onto_gradients(given.upstream, *of, branch, given.scale, None, 1.0, of_x=True)
+
+
+def lora_linear_few(dtype: torch.dtype) -> None:
+    """The usual rank and a wide one, for the dtypes that training seldom has."""
+    for rank in (32, 128):
+        layer = LayerShape("", 6144, 4096, 16384, rank)
+        lora_layer(lora_linear_inputs(layer, Filler("meta"), dtype, augmented=True, activation="gelu"))
+
+
+def nf4_weights(dtype: torch.dtype) -> None:
+    """The widest weight packed, and unpacked plain and double-quantised, by either lookup."""
+    nf4.launch_pack(nf4_inputs(WIDEST, Filler("meta"), dtype).weight, 64)
+    for double, gather in itertools.product((False, True), repeat=2):
+        nf4.launch_unpack(empty_weight(WIDEST, "meta", dtype, double=double), dtype, gather=gather)
+
+
+def nf4_product(dtype: torch.dtype) -> None:
+    """Few tokens times a weight that is unpacked on the way."""
+    given = nf4_inputs(SOUND, Filler("meta"), dtype)
+    for double in (False, True):
+        nf4.launch_small_product(given.x, empty_weight(SOUND, "meta", dtype, double=double), given.bias)
+
+
+def int8_rows(dtype: torch.dtype) -> None:
+    """Quantising tokens and gradients, and dequantising weights, at the least and the largest width."""
+    for width in (2048, 16384):
+        given = int8_inputs(6144, width, 4096, 32, Filler("meta"), dtype)
+        int8.launch_quantise(given.x, None)
+        int8.launch_quantise(given.x, given.x.new_empty(width, dtype=torch.float32))
+        int8.launch_dequantise(*given.quantised, dtype)
+
+
+def w8a8_step(dtype: torch.dtype) -> None:
+    """The products of W8A8, forward and backward: common and highest rank, dropout and none, no LoRA."""
+    meta = Filler("meta")
+    for rank, kept in ((32, False), (128, True)):
+        given = int8_inputs(6144, 4096, 16384, rank, meta, dtype)
+        codes = torch.empty(given.x.shape, dtype=torch.int8, device="meta")
+        row_scale = given.x.new_empty(len(codes), dtype=torch.float32)
+        mask = given.kept if kept else None
+        of_b, of_a = given.b.to(dtype), given.a.to(dtype)
+        _, h = int8.launch_project(codes, row_scale, mask, of_a.t(), 1.0, plain_too=False)
+        of_h, _ = int8.launch_project(given.upstream, row_scale, None, of_b, 1.0, plain_too=True)
+        int8.launch_over_tokens(h, codes, mask)
+        int8.launch_over_tokens(h, given.upstream, None)
+        w8a8_products(given, codes, row_scale, (h, of_b.t()), (of_h, of_a), mask)
+    w8a8_products(given, codes, row_scale, None, None, None)
+
+
+def w8a8_products(
+    given: Int8Inputs,
+    codes: torch.Tensor,
+    row_scale: torch.Tensor,
+    forward: tuple[torch.Tensor, torch.Tensor] | None,
+    backward: tuple[torch.Tensor, torch.Tensor] | None,
+    kept: torch.Tensor | None,
+) -> None:
+    """Both directions with these factors of a LoRA. Quantising is `int8_rows`': it needs no tensor cores."""
+    (values, column_scale), dtype = given.quantised, given.x.dtype
+    folded = torch.empty(given.upstream.shape, dtype=torch.int8, device="meta")
+    int8.launch_product("forward", codes, row_scale, values.t(), column_scale, given.bias, forward, None, dtype)
+    int8.launch_product("backward", folded, row_scale, values, None, None, backward, kept, dtype)
+
+
 LAUNCHES = (
+    Launch("causal_conv3d", causal_conv3d_chunk, (torch.bfloat16, torch.float16), dot=True),
+    Launch("causal_conv3d", causal_conv3d_activation),
     Launch("flow_matching", flow_matching_step),
     Launch("adaln_rms_norm", adaln_rms_norm_step),
     Launch("gated_residual", gated_residual_step),
     Launch("gelu", gelu_step),
+    Launch("lora_linear", lora_linear_step, (torch.bfloat16,), dot=True),
+    Launch("lora_linear", lora_linear_few, (torch.float16,), dot=True),
+    Launch("lora_linear", lora_linear_few, (torch.float32,)),
+    Launch("nf4 weights", nf4_weights),
+    Launch("nf4 product", nf4_product, (torch.bfloat16,), dot=True),
+    Launch("int8 rows", int8_rows),
+    Launch("int8 w8a8", w8a8_step, (torch.bfloat16,), dot=True),
 )

@@ -20,9 +20,10 @@ SAME = ("format", "suite", "device", "versions", "kernels")
 
 @dataclass(frozen=True)
 class Finished:
-    """Case name → its entry in the results file."""
+    """Case name → its entry in the results file, and what else the file's head says."""
 
     entries: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    head: Mapping[str, Any] = field(default_factory=dict)
 
     def has(self, case: Case) -> bool:
         """Whether the case's result may stay."""
@@ -44,7 +45,8 @@ def read_finished(path: Path, head: Mapping[str, Any]) -> Finished:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         same = all(told.get(key) == _as_json(head.get(key)) for key in SAME)
-        return Finished({entry["name"]: entry for entry in told["cases"]}) if same else Finished()
+        entries = {entry["name"]: entry for entry in told.pop("cases")}
+        return Finished(entries, told) if same else Finished()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Finished()
 

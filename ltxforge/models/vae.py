@@ -10,28 +10,28 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLLTX2Video, AutoencoderKLLTXVideo
+from ltxforge_kernels.choice import EAGER, Kernels
 from torch import Tensor
 
 from ltxforge.models.interface import Latents
-from ltxforge.shapes import is_legal_frames, is_legal_side
+from ltxforge.models.vae_streaming import VideoVae, stream_encode
 
-VideoVae = AutoencoderKLLTXVideo | AutoencoderKLLTX2Video
 DECODE_NOISE_SEED = 0
 
 
 @torch.no_grad()
-def encode_frames(vae: VideoVae, frames: Tensor, device: torch.device) -> Latents:
-    """uint8 frames [N, height, width, 3], N = 8k + 1, to the posterior [C, F, Y, X] on the CPU."""
-    count, height, width, channels = frames.shape
-    assert frames.dtype == torch.uint8 and channels == 3, "frames are uint8 [N, height, width, 3]"
-    assert is_legal_frames(count, vae.temporal_compression_ratio), f"{count} frames are not 8k + 1"
-    assert all(is_legal_side(side, vae.spatial_compression_ratio) for side in (height, width))
-    pixels = frames.to(device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
-    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+def encode_frames(vae: VideoVae, frames: Tensor, device: torch.device, kernels: Kernels = EAGER) -> Latents:
+    """uint8 frames [N, height, width, 3], N = 8k + 1, to the posterior [C, F, Y, X] on the CPU.
+
+    Chunk by chunk: what it takes on the device does not grow with the clip.
+    """
     mean, std, scale = statistics(vae)
-    centred = (posterior.mean.float() - mean) * scale / std
-    return Latents(centred[0].cpu(), (posterior.std.float() * scale / std)[0].cpu())
+    parts = [
+        (((posterior.mean.float() - mean) * scale / std)[0].cpu(), (posterior.std.float() * scale / std)[0].cpu())
+        for posterior in stream_encode(vae, frames, device, kernels)
+    ]
+    means, widths = zip(*parts, strict=True)
+    return Latents(torch.cat(means, dim=1), torch.cat(widths, dim=1))
 
 
 @torch.no_grad()

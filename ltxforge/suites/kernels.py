@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -15,7 +15,8 @@ from ltxforge.suites.case import Case, Result
 
 Timed = Literal["forward", "backward", "both"]
 Side = Annotated[int, Field(ge=1, le=10_000_000)]
-IMPLEMENTATIONS = ("triton", "compile", "eager")
+Implementation = Literal["triton", "compile", "eager"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ OPS = {
     "nf4_linear": Op(LINEAR, ("bitsandbytes", "dequantise and cuBLAS", "base alone")),
     "int8_dequantise": Op(("width", "out")),
     "int8_linear": Op(LINEAR, ("base alone",)),
-    "w8a8_lora_linear": Op(
+    "int8_w8a8": Op(
         (*LINEAR, "rank"),
         ("base alone", "_int_mm and rescale", "_scaled_mm rowwise", "addmm per projection"),
         ("forward", "both"),
@@ -67,6 +68,9 @@ class KernelCase(Case):
 
     op: Ops  # type: ignore[valid-type]
     timed: Timed = "forward"
+    implementations: Annotated[list[Implementation], Field(min_length=1, max_length=3)] = Field(
+        [*IMPLEMENTATIONS], description="Of ours; triton is left out where it cannot run."
+    )
     device: Literal["gpu", "cpu"] = Field("gpu", description="Where the case is measured; elsewhere it is skipped.")
     dtype: Literal["bf16", "fp32"] = "bf16"
     batch: Side = 1
@@ -94,12 +98,11 @@ class KernelCase(Case):
     def contradictions(self) -> Iterator[tuple[str, str, str]]:
         """Also: a shape that lacks what the op needs, or says more than it has; what the op does not do."""
         op = self.known_to
-        legal = (*IMPLEMENTATIONS, *op.peers)
         for peer in self.peers:
             if peer not in op.peers:
                 yield "peers", f'{self.op} has no peer "{peer}"', f"legal here: {', '.join(op.peers) or 'none'}"
         for peer in self.floors:
-            if peer not in legal or peer not in (*IMPLEMENTATIONS, *self.peers):
+            if peer not in (*self.implementations, *self.peers):
                 yield "floors", f'"{peer}" has a floor and is not measured', "add it to `peers`"
         if self.timed not in op.timed:
             yield "timed", f"{self.op} has no {self.timed} of its own", f"legal here: {', '.join(op.timed)}"

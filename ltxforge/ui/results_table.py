@@ -41,13 +41,11 @@ def markdown(head: Mapping[str, Any], entries: Sequence[Entry]) -> str:
     for title, facts in head.items():
         if title in FACTS and facts:
             lines += [f"{title.capitalize()}: {FACTS[title](facts)}", ""]
-    rows = [ROWS[head["suite"]](entry) for entry in entries if entry["outcome"] == "measured"]
-    if rows:
-        titles = _titles(rows)
-        lines += [_line(titles), _line(["---", *["---:"] * (len(titles) - 1)])]
-        lines += [_line([row.get(title, "") for title in titles]) for row in rows]
-        lines.append("")
+    lines += _lines([ROWS[head["suite"]](entry) for entry in entries if entry["outcome"] == "measured"])
     lines += [f"- {printable(line)}" for line in _remarks(entries)]
+    if records := head.get("resources"):
+        lines += ["", "## Compiled, not run", "", "Our kernels for chips that were not there. No figure of speed.", ""]
+        lines += _lines([resources_row(record) for record in records])
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -75,9 +73,72 @@ def ratio_cells(entry: Entry) -> Row:
     return {f"vs {peer}": f"{ratio:.2f}" for peer, ratio in entry["ratios"].items()}
 
 
-ROWS: dict[str, Callable[[Entry], Row]] = {"step": step_row}
+def kernels_row(entry: Entry) -> Row:
+    """Our time and its spread, the rate and its share of the ceiling, launches, the worst gate, and every ratio."""
+    times, ours = entry["times"][entry["ours"]], entry["ours"]
+    errors = [gate["error"] for gate in entry["gates"] if gate["implementation"] == ours and gate["error"] is not None]
+    shares = [f"{share:.0%} of {name}" for name, share in entry["shares"].items()]
+    return {
+        "case": entry["name"],
+        "ours": ours,
+        "median": brief(times["median"]),
+        "p20 to p80": f"{brief(times['p20'])} to {brief(times['p80'])}",
+        "as a graph": "" if times["graph"] is None else brief(times["graph"]),
+        "share": ", ".join(shares),
+        "launches": "" if times["launches"] is None else str(times["launches"]),
+        "peak": "" if times["peak_bytes"] is None else size(times["peak_bytes"]),
+        "error": f"{max(errors):.1e}" if errors else "same bits",
+        RATIOS: ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in entry["ratios"].items()),
+    }
+
+
+RATIOS = "times our time"
+"""The title of a cell with all ratios, where peers differ from case to case."""
+
+
+def brief(seconds: float) -> str:
+    """A short time: "12.3 µs", "4.56 ms", "1.23 s"."""
+    for unit, length in (("µs", 1e-6), ("ms", 1e-3)):
+        if seconds < 999.5 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return duration(seconds)
+
+
+def resources_table(records: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """What the compiler says of each kernel; no figure of speed."""
+    return Group(
+        Text("compiled for chips that are not here, nothing was run:"), _table([resources_row(r) for r in records])
+    )
+
+
+def resources_row(record: Mapping[str, Any]) -> Row:
+    """Of one kernel: how much it takes of a chip, and the instructions that tell a good one from a bad one."""
+    return {
+        "launch": record["launch"],
+        "kernel": record["kernel"],
+        "chip": record["chip"],
+        "registers": str(record["registers"]),
+        "spilled": f"{record['spilled_bytes']} B",
+        "shared": f"{record['shared_bytes'] / 1024:.3g} of {record['shared_limit'] / 1024:.3g} KiB",
+        "tensor core": str(record["tensor_core"]),
+        "TMA": str(record["bulk_copies"]),
+        "widest load, store": f"{record['widest_load']}, {record['widest_store']} B",
+    }
+
+
+def rates(ceilings: Mapping[str, float]) -> str:
+    """Ceilings in words: bytes or operations a second."""
+    return ", ".join(
+        f"{name} {value / 1e12:.3g} {'TB/s' if 'bandwidth' in name else 'TFLOP/s'}" for name, value in ceilings.items()
+    )
+
+
+ROWS: dict[str, Callable[[Entry], Row]] = {"kernels": kernels_row, "step": step_row}
 """Kind of suite → what makes a row of a measured case's entry."""
-FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {}
+FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "ceilings": rates,
+    "clocks": lambda clocks: ", ".join(f"{name} {value}" for name, value in clocks.items()),
+}
 """Fact in a results file's head → a sentence of it, for Markdown."""
 
 
@@ -99,10 +160,20 @@ def _titles(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(title for row in rows for title in row))
 
 
+def _lines(rows: Sequence[Row]) -> list[str]:
+    """A table in Markdown; none where there are no rows."""
+    if not rows:
+        return []
+    titles = _titles(rows)
+    body = [_line([row.get(title, "") for title in titles]) for row in rows]
+    return [_line(titles), _line(["---", *["---:"] * (len(titles) - 1)]), *body, ""]
+
+
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, title in enumerate(titles := _titles(rows)):
-        table.add_column(title, justify="right" if number else "left", no_wrap=True)
+        wraps = title == RATIOS
+        table.add_column(title, justify="left" if wraps or not number else "right", no_wrap=not wraps)
     for row in rows:
         table.add_row(*(printable(row.get(title, "")) for title in titles))
     return table

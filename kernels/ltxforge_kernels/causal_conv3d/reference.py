@@ -1,0 +1,51 @@
+"""Causal convolution in plain PyTorch: the definition.
+
+Not widened to float32, other than elsewhere: PyTorch's convolution multiplies in the tensors' own dtype and sums in
+float32 itself, and its bits are those that diffusers' encoders give. For the truth, pass float64.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ltxforge_kernels.precision import at_least_float32
+
+
+def causal_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    residual: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y [B, CO, T, H, W] and the new state; arguments as in the op."""
+    before = weight.shape[2] - 1
+    whole = after_state(x if norm_eps is None else activated(x, norm_eps), state, before)
+    convolved = F.conv3d(whole, weight, bias, padding=(0, weight.shape[3] // 2, weight.shape[4] // 2))
+    return convolved if residual is None else convolved + residual, last(whole, before)
+
+
+def activated(x: Tensor, eps: float) -> Tensor:
+    """SiLU of RMSNorm over the channels of each pixel, rounded once."""
+    wide = at_least_float32(x)
+    return F.silu(wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + eps)).to(x.dtype)
+
+
+def after_state(x: Tensor, state: Tensor | None, before: int) -> Tensor:
+    """[B, CI, before + T, H, W]: x after the state, or after copies of its first frame."""
+    if state is None:
+        state = x[:, :, :1].repeat(1, 1, before, 1, 1)
+    return torch.cat([state, x], dim=2)
+
+
+def last(whole: Tensor, frames: int) -> Tensor:
+    """The last frames, in memory of their own, so that they keep no chunk alive."""
+    return whole[:, :, whole.shape[2] - frames :].clone()
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """The same tensor of five dimensions with the second one innermost in memory; itself where that is so."""
+    return tensor.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
