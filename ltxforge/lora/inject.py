@@ -37,9 +37,7 @@ class LoraReport:
     unread: dict[str, str]
 
 
-def inject(
-    transformer: nn.Module, plan: LoraPlan, matched: Match, seed: int, kernels: Kernels = EAGER
-) -> LoraReport:
+def inject(transformer: nn.Module, plan: LoraPlan, matched: Match, seed: int, kernels: Kernels = EAGER) -> LoraReport:
     """Freeze every parameter, wrap the matched layers, initialise A and B in float32 (B = 0)."""
     transformer.requires_grad_(False)
     config = LoraConfig(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers import LTX2VideoTransformer3DModel
 from ltxforge_kernels.choice import EAGER, Kernels
-from ltxforge_kernels.qk_norm_rope import Rope, compact
+from ltxforge_kernels.qk_norm_rope.rope import Rope, compact
 from torch import Tensor, nn
 
 from ltxforge.modalities import Streams
@@ -86,12 +86,12 @@ class Stream:
     """One modality's input.
 
     `tokens` [B, T, C] in the transformer's dtype. `timesteps` [B, 1] (one per sample) or [B, T] (one per token) and
-    `sample_timesteps` [B], both float32, sigma · 1000 and never rounded: the latter is the sample's noise level
-    whatever its clean tokens' timesteps are; both best on the host. `prompts` [B, P, E], this modality's half of the connectors' output;
-    `prompt_mask` [B, P], 1 real and 0 padding, or None where every position is real, as after registers. `rope` and
-    `cross_rope` from `video_ropes` or `audio_ropes`. `present` [B], 1 where the sample has this modality and 0 where
-    its tokens only fill the batch, or None where all have it: the other modality of a sample without it comes out as
-    if it were alone.
+    `sample_timesteps` [B], both float32, sigma · 1000 and never rounded, best on the host: the latter is the sample's
+    noise level whatever its clean tokens' timesteps are. `prompts` [B, P, E], this modality's half of the connectors'
+    output; `prompt_mask` [B, P], 1 real and 0 padding, or None where every position is real, as after registers. `rope`
+    and `cross_rope` from `video_ropes` or `audio_ropes`. `present` [B], 1 where the sample has this modality and 0
+    where its tokens only fill the batch, or None where all have it: the other modality of a sample without it comes out
+    as if it were alone.
     """
 
     tokens: Tensor
@@ -244,10 +244,9 @@ def block_forward(
 
     A part's branch is added by the part that follows, in one pass with its norm.
     """
-    streams, branches = {}, {}
-    for modality, tokens in hidden.items():
-        streams[modality], query = self_attention(block, modality, tokens, given[modality])
-        branches[modality] = prompt_attention(block, modality, query, given[modality])
+    attended = {m: self_attention(block, m, tokens, given[m]) for m, tokens in hidden.items()}
+    streams = {m: tokens for m, (tokens, _) in attended.items()}
+    branches = {m: prompt_attention(block, m, query, given[m]) for m, (_, query) in attended.items()}
     if len(hidden) == 2:
         streams, branches = cross_attention(block, streams, branches, given)
     return {m: feed_forward(block, m, tokens, branches[m], given[m]) for m, tokens in streams.items()}
@@ -337,13 +336,16 @@ def video_ropes(
     first latent frame holds one frame, every other eight).
     """
     coordinates = transformer.rope.prepare_video_coords(1, shape.frames, shape.height, shape.width, device, fps=fps)
-    return transformer.rope(coordinates), transformer.cross_attn_rope(coordinates[:, :1])
+    sizes = (shape.frames, shape.height, shape.width)
+    own, cross = transformer.rope(coordinates), transformer.cross_attn_rope(coordinates[:, :1])
+    return compact(*own, sizes), compact(*cross, sizes, along=(0,))
 
 
 def audio_ropes(transformer: LTX2VideoTransformer3DModel, length: int, device: torch.device) -> tuple[Rope, Rope]:
     """As `video_ropes`, for `length` audio tokens of 40 ms each."""
     coordinates = transformer.audio_rope.prepare_audio_coords(1, length, device)
-    return transformer.audio_rope(coordinates), transformer.cross_attn_audio_rope(coordinates)
+    own, cross = transformer.audio_rope(coordinates), transformer.cross_attn_audio_rope(coordinates)
+    return compact(*own, (length,)), compact(*cross, (length,))
 
 
 def unused_modules(transformer: LTX2VideoTransformer3DModel, modalities: str) -> list[nn.Module]:

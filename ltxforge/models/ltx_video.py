@@ -20,7 +20,7 @@ from diffusers import (
     LTXVideoTransformer3DModel,
 )
 from ltxforge_kernels.choice import EAGER, Kernels
-from ltxforge_kernels.qk_norm_rope import Rope, compact
+from ltxforge_kernels.qk_norm_rope.rope import Rope, compact
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
@@ -47,9 +47,6 @@ from ltxforge.models.vae import decode_frames, encode_frames
 from ltxforge.plan import PromptPlan
 from ltxforge.shapes import LatentShape
 from ltxforge.specs import ModelSpec
-
-# Rope tables are float32 [1, T, D], twice: 100 MiB for 2B at 768x512x121. Batches of one size follow each other.
-ROPE_TABLES_KEPT = 4
 
 
 def block_forward(
@@ -214,25 +211,20 @@ class LTXVideo(BaseModel):
         self._parts = parts
         self._vae: AutoencoderKLLTXVideo | None = None
         self._text_encoder: tuple[T5EncoderModel, PreTrainedTokenizerBase] | None = None
-        self._rope_tables: dict[tuple[LatentShape, float], Rope] = {}
 
     def predict(self, noisy: Noisy, prompts: PromptBatch) -> Streams[Tensor]:
         video = noisy.streams.video
         assert video is not None and noisy.streams.audio is None and prompts.embeds.video is not None
         assert video.tokens.shape[1] == noisy.shape.tokens and prompts.mask is not None
         embeds, mask = prompts.embeds.video.to(self.device, self.dtype), prompts.mask.to(self.device)
-        tokens, rope = video.tokens.to(self.device, self.dtype), self._rope_for(noisy.shape, noisy.fps)
+        tokens, factors = (
+            video.tokens.to(self.device, self.dtype),
+            (self.spec.spatial_factor, self.spec.temporal_factor),
+        )
+        place = (self.transformer, self.rope, noisy.shape, noisy.fps, self.device, *factors)
+        rope = self._rope((noisy.shape, noisy.fps), lambda: rope_tables(*place))
         given = (tokens, embeds, mask, video.timesteps, rope)
         return Streams(transformer_forward(self.transformer, *given, self._checkpoint_every, self.kernels))
-
-    def _rope_for(self, shape: LatentShape, fps: float) -> Rope:
-        key = (shape, fps)
-        if key not in self._rope_tables:
-            while len(self._rope_tables) >= ROPE_TABLES_KEPT:
-                del self._rope_tables[next(iter(self._rope_tables))]
-            factors = self.spec.spatial_factor, self.spec.temporal_factor
-            self._rope_tables[key] = rope_tables(self.transformer, self.rope, shape, fps, self.device, *factors)
-        return self._rope_tables[key]
 
     @contextlib.contextmanager
     def text_encoder(self) -> Iterator[None]:
