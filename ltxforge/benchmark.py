@@ -25,6 +25,7 @@ import torch
 from ltxforge.benchmarks import kernels, step
 from ltxforge.benchmarks.against import Baseline, compare, read_baseline
 from ltxforge.benchmarks.bench import Bench, Told
+from ltxforge.benchmarks.ceilings import clocks
 from ltxforge.benchmarks.finished import Finished, read_finished
 from ltxforge.distributed import refuse_several_processes
 from ltxforge.durable import faults_told, write_file, write_json
@@ -163,9 +164,14 @@ def results_file(suite: Path, out: Path | None, hardware: Hardware) -> Path:
     """What --out names, else `results/<device>/<suite>.json` beside the suite."""
     if out is not None:
         return out if out.suffix == ".json" else out / f"{suite.stem}.json"
+    return suite.parent / "results" / device_name(hardware) / f"{suite.stem}.json"
+
+
+def device_name(hardware: Hardware | None = None) -> str:
+    """The device as a folder is called: "nvidia-h200", "cpu-x86-64"; of this machine unless told otherwise."""
+    hardware = hardware or detect()
     device = hardware.name if hardware.kind != "cpu" else f"cpu-{hardware.name}"
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return suite.parent / "results" / slug / f"{suite.stem}.json"
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def command(suite: Path, named: Sequence[str]) -> str:
@@ -187,6 +193,7 @@ def about(suite: Suite, told: str, hardware: Hardware) -> dict[str, Any]:
             "memory_bytes": hardware.memory_bytes,
         },
         "versions": {**hardware.versions, **_packages(), "cuda": torch.version.cuda or torch.version.hip or "none"},
+        "clocks": clocks(),
         "kernels": kernels_digest(),
     }
 

@@ -63,6 +63,7 @@ class Compiled:
         narrow: how many such accesses are narrower than 16 bytes.
         tensor_core: how many tensor-core instructions.
         bulk_copies: how many copies by the tensor memory engine (TMA).
+        fused: how many multiplications round together with an addition, in one instruction.
     """
 
     launch: str
@@ -78,6 +79,7 @@ class Compiled:
     narrow: int
     tensor_core: int
     bulk_copies: int
+    fused: int
 
 
 class StubDriver:
@@ -158,6 +160,7 @@ def measure(label: str, dot: bool, name: str, chip: Chip, kernel: str, compiled:
         narrow=sum(width < 16 for width in loads + stores),
         tensor_core=len(re.findall(tensor_core, assembly)),
         bulk_copies=assembly.count("cp.async.bulk.tensor"),
+        fused=len(re.findall(r"\bfma\.|\bv_(?:pk_)?(?:fma|fmac|mad|mac)_f", assembly)),
     )
 
 

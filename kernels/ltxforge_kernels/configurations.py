@@ -64,7 +64,7 @@ TABLE = (
     Row("causal_conv3d.tile", Configuration({"ROWS": 16, "COLUMNS": 16, "OUT": 64, "IN": 64}, 8, 4), width=64),
     Row("causal_conv3d.tile", Configuration({"ROWS": 8, "COLUMNS": 8, "OUT": 128, "IN": 64}, 4, 4), width=2048),
     Row("causal_conv3d.tile", Configuration({"ROWS": 8, "COLUMNS": 16, "OUT": 64, "IN": 64}, 8, 3), arch=120),
-    Row("causal_conv3d.tile", Configuration({"ROWS": 4, "COLUMNS": 8, "OUT": 64, "IN": 64}), arch=INTERPRETER),
+    Row("causal_conv3d.tile", Configuration({"ROWS": 8, "COLUMNS": 16, "OUT": 64, "IN": 64}), arch=INTERPRETER),
     Row("causal_conv3d.pixel", Configuration({"PIXELS": 128, "OUT": 128, "IN": 64}, 8, 3)),
     Row("causal_conv3d.pixel", Configuration({"PIXELS": 128, "OUT": 128, "IN": 32}, 8, 2), arch="gfx942"),
     # On plain arithmetic units, since float32 stays float32.
@@ -72,6 +72,7 @@ TABLE = (
     Row("causal_conv3d.pixel", Configuration({"PIXELS": 64, "OUT": 32, "IN": 16}, 8, 2), "gfx942", torch.float32),
     Row("causal_conv3d.pixel", Configuration({"PIXELS": 512, "OUT": 64, "IN": 64}), arch=INTERPRETER),
     Row("causal_conv3d.activate", Configuration({"PIXELS": 8})),
+    Row("causal_conv3d.activate", Configuration({"PIXELS": 16}), arch="gfx942", width=128),
     Row("causal_conv3d.activate", Configuration({"PIXELS": 4}), width=512),
     Row("causal_conv3d.activate", Configuration({"PIXELS": 2}), width=1024),
     Row("causal_conv3d.activate", Configuration({"PIXELS": 1}), width=2048),
@@ -107,34 +108,13 @@ TABLE = (
     Row("gelu.forward", Configuration({"BLOCK": 16384}), arch=INTERPRETER),
     Row("gelu.backward", Configuration({"BLOCK": 2048})),
     Row("gelu.backward", Configuration({"BLOCK": 16384}), arch=INTERPRETER),
-    # By rank: wide ranks take more of a program, and longer chunks, whose partial sums are as wide.
-    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 128}, 4, 3)),
-    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 128}, 2, 3), width=16),
-    Row("lora_linear.forward", Configuration({"ROWS": 64, "COLUMNS": 64}, 8, 3), width=128),
-    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 64}, 8, 2), width=256),
-    Row("lora_linear.backward", Configuration({"ROWS": 64, "COLUMNS": 64, "CHUNK": 512}, 8, 2)),
-    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 64, "CHUNK": 512}, 8, 2), width=16),
-    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 64, "CHUNK": 512}, 8, 2), width=64),
-    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 64, "CHUNK": 1024}, 8, 2), width=128),
-    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 1024}, 8, 2), width=256),
-    # On plain arithmetic units, since float32 stays float32.
-    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 32}, 8, 2), dtype=torch.float32),
-    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 512}, 8, 2), dtype=torch.float32),
-    Row(
-        "lora_linear.backward",
-        Configuration({"ROWS": 16, "COLUMNS": 32, "CHUNK": 512}, 8, 1),
-        dtype=torch.float32,
-        width=128,
-    ),
-    Row(
-        "lora_linear.backward",
-        Configuration({"ROWS": 16, "COLUMNS": 16, "CHUNK": 512}, 8, 1),
-        dtype=torch.float32,
-        width=256,
-    ),
-    # Small, so that tests reach more than one chunk and more than one pass of each loop.
-    Row("lora_linear.forward", Configuration({"ROWS": 64, "COLUMNS": 1024}), arch=INTERPRETER),
-    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 1024, "CHUNK": 64}), arch=INTERPRETER),
+    # One program a row, as adaln_rms_norm's.
+    Row("fp8.quantise", Configuration({}, num_warps=4)),
+    Row("fp8.quantise", Configuration({}, num_warps=8), width=4096),
+    Row("fp8.quantise", Configuration({}, num_warps=16), width=8192),
+    Row("fp8.quantise", Configuration({}, num_warps=16), width=16384),
+    Row("fp8.dequantise", Configuration({"ROWS": 16, "COLUMNS": 256})),
+    Row("fp8.dequantise", Configuration({"ROWS": 64, "COLUMNS": 256}), arch=INTERPRETER),
     # One program a row, as adaln_rms_norm's.
     Row("int8.quantise", Configuration({}, num_warps=4)),
     Row("int8.quantise", Configuration({}, num_warps=8), width=4096),
@@ -175,6 +155,34 @@ TABLE = (
     ),
     Row("int8.project", Configuration({"BM": 32, "BK": 128}, num_stages=2), arch="gfx942"),
     Row("int8.over_tokens", Configuration({"PARTS": 8, "BM": 64, "BK": 128}, num_warps=8, num_stages=2), arch="gfx942"),
+    # One program a row, as adaln_rms_norm's: its pairs, and two numbers of a table for each.
+    *(
+        Row(f"qk_norm_rope.{kernel}", Configuration({}, num_warps=warps), width=width)
+        for kernel in ("forward", "backward")
+        for width, warps in ((None, 4), (4096, 8), (8192, 16), (16384, 16))
+    ),
+    # By rank: wide ranks take more of a program, and longer chunks, whose partial sums are as wide.
+    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 64}, 4, 4)),
+    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 128}, 2, 3), width=16),
+    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 64}, 4, 3), width=64),
+    Row("lora_linear.forward", Configuration({"ROWS": 64, "COLUMNS": 64}, 8, 3), width=128),
+    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 32}, 8, 2), width=256),
+    Row("lora_linear.backward", Configuration({"ROWS": 64, "COLUMNS": 64, "CHUNK": 512}, 8, 2)),
+    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 64, "CHUNK": 512}, 4, 2), width=16),
+    Row("lora_linear.backward", Configuration({"ROWS": 64, "COLUMNS": 32, "CHUNK": 512}, 8, 2), width=64),
+    Row("lora_linear.backward", Configuration({"ROWS": 64, "COLUMNS": 32, "CHUNK": 1024}, 8, 2), width=128),
+    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 1024}, 8, 2), width=256),
+    # What spills there in larger tiles.
+    Row("lora_linear.forward", Configuration({"ROWS": 16, "COLUMNS": 128}, 4, 3), arch=120, width=64),
+    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 64}, 4, 2), arch=120, width=128),
+    # On plain arithmetic units, since float32 stays float32.
+    Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 32}, 8, 1), dtype=torch.float32),
+    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 512}, 8, 2), dtype=torch.float32),
+    Row("lora_linear.backward", Configuration({"ROWS": 16, "COLUMNS": 32, "CHUNK": 512}, 8), None, torch.float32, 128),
+    Row("lora_linear.backward", Configuration({"ROWS": 16, "COLUMNS": 16, "CHUNK": 512}, 8), None, torch.float32, 256),
+    # Small, so that tests reach more than one chunk and more than one pass of each loop.
+    Row("lora_linear.forward", Configuration({"ROWS": 64, "COLUMNS": 1024}), arch=INTERPRETER),
+    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 1024, "CHUNK": 64}), arch=INTERPRETER),
     # 64 lanes a warp: twice the tokens, so that a lane still stores 16 bytes of bf16.
     Row("flow_matching.noise", Configuration({"TOKENS": 16}), arch="gfx942"),
     Row("flow_matching.residual", Configuration({"TOKENS": 16}), arch="gfx942"),

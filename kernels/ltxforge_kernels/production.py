@@ -14,12 +14,14 @@ import torch
 
 from ltxforge_kernels.adaln_rms_norm import launch as adaln_rms_norm
 from ltxforge_kernels.adaln_rms_norm.inputs import inputs as adaln_rms_norm_inputs
-from ltxforge_kernels.cases import FEED_FORWARD, HIDDEN, LATENTS, Filler
+from ltxforge_kernels.cases import AUDIO_TOKENS, FEED_FORWARD, HIDDEN, LATENTS, WIDTH_13B, Filler
 from ltxforge_kernels.causal_conv3d import launch as causal_conv3d
 from ltxforge_kernels.causal_conv3d.inputs import HOT, NARROW
 from ltxforge_kernels.causal_conv3d.inputs import inputs as causal_conv3d_inputs
 from ltxforge_kernels.flow_matching import launch as flow_matching
 from ltxforge_kernels.flow_matching.inputs import inputs as flow_matching_inputs
+from ltxforge_kernels.fp8 import launch as fp8
+from ltxforge_kernels.fp8.inputs import inputs as fp8_inputs
 from ltxforge_kernels.gated_residual import launch as gated_residual
 from ltxforge_kernels.gated_residual.inputs import inputs as gated_residual_inputs
 from ltxforge_kernels.gelu import launch as gelu
@@ -34,6 +36,10 @@ from ltxforge_kernels.lora_linear.inputs import inputs as lora_linear_inputs
 from ltxforge_kernels.nf4 import launch as nf4
 from ltxforge_kernels.nf4.inputs import SOUND, WIDEST, empty_weight
 from ltxforge_kernels.nf4.inputs import inputs as nf4_inputs
+from ltxforge_kernels.qk_norm_rope import launch as qk_norm_rope
+from ltxforge_kernels.qk_norm_rope.inputs import Inputs as QkNormRopeInputs
+from ltxforge_kernels.qk_norm_rope.inputs import inputs as qk_norm_rope_inputs
+from ltxforge_kernels.target import architecture
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,26 @@ def nf4_product(dtype: torch.dtype) -> None:
         nf4.launch_small_product(given.x, empty_weight(SOUND, "meta", dtype, double=double), given.bias)
 
 
+def qk_norm_rope_step(dtype: torch.dtype) -> None:
+    """Self attention of each width and layout, cross attention of unlike lengths by time alone, and without ropes."""
+    for shape in (HIDDEN[0], next(shape for shape in HIDDEN if shape.width == WIDTH_13B)):
+        for layout in ("interleaved", "split"):
+            qk_norm_rope_both_ways(qk_norm_rope_inputs(shape, Filler("meta"), dtype, heads=32, layout=layout))
+    qk_norm_rope_both_ways(
+        qk_norm_rope_inputs(HIDDEN[0], Filler("meta"), dtype, heads=32, layout="split", axes=1, keys=AUDIO_TOKENS)
+    )
+    qk_norm_rope_both_ways(qk_norm_rope_inputs(HIDDEN[0], Filler("meta"), dtype, layout=None, keys=128))
+
+
+def qk_norm_rope_both_ways(given: QkNormRopeInputs) -> None:
+    """Forward, and the gradients of both."""
+    ropes = (*qk_norm_rope.flat(given.query_rope), *qk_norm_rope.flat(given.key_rope))
+    half = qk_norm_rope.half_of(given.query, given.heads, given.query_rope, given.key_rope)
+    kept = (given.query, given.key, given.query_weight, given.key_weight, *ropes, half)
+    _, _, *reciprocals = qk_norm_rope.launch_forward(*kept, 1e-6)
+    qk_norm_rope.launch_backward(given.query_upstream, given.key_upstream, *kept, *reciprocals, True, True)
+
+
 def int8_rows(dtype: torch.dtype) -> None:
     """Quantising tokens and gradients, and dequantising weights, at the least and the largest width."""
     for width in (2048, 16384):
@@ -194,18 +220,31 @@ def w8a8_products(
     int8.launch_product("backward", folded, row_scale, values, None, None, backward, kept, dtype)
 
 
+def fp8_rows(dtype: torch.dtype) -> None:
+    """As `int8_rows`; before sm_89 and on AMD, where fp8 is only stored, dequantising alone."""
+    for width in (2048, 16384):
+        given = fp8_inputs(6144, width, 4096, Filler("meta"), dtype)
+        fp8.launch_dequantise(*given.quantised, dtype)
+        if fp8.has_fp8(architecture(given.x)):
+            fp8.launch_quantise(given.x, None)
+            fp8.launch_quantise(given.x, given.x.new_empty(width, dtype=torch.float32))
+
+
 LAUNCHES = (
     Launch("causal_conv3d", causal_conv3d_chunk, (torch.bfloat16, torch.float16), dot=True),
+    Launch("causal_conv3d", causal_conv3d_chunk, (torch.float32,)),
     Launch("causal_conv3d", causal_conv3d_activation),
     Launch("flow_matching", flow_matching_step),
     Launch("adaln_rms_norm", adaln_rms_norm_step),
     Launch("gated_residual", gated_residual_step),
     Launch("gelu", gelu_step),
+    Launch("qk_norm_rope", qk_norm_rope_step),
     Launch("lora_linear", lora_linear_step, (torch.bfloat16,), dot=True),
     Launch("lora_linear", lora_linear_few, (torch.float16,), dot=True),
     Launch("lora_linear", lora_linear_few, (torch.float32,)),
     Launch("nf4 weights", nf4_weights),
     Launch("nf4 product", nf4_product, (torch.bfloat16,), dot=True),
+    Launch("fp8", fp8_rows),
     Launch("int8 rows", int8_rows),
     Launch("int8 w8a8", w8a8_step, (torch.bfloat16,), dot=True),
 )

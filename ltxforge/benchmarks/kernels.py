@@ -10,14 +10,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from ltxforge.benchmarks.bench import Bench, Told
-from ltxforge.benchmarks.ceilings import clocks, measure_ceilings
+from ltxforge.benchmarks.ceilings import measure_ceilings
 from ltxforge.benchmarks.gate import gates_of, told, upstream_of
 from ltxforge.benchmarks.ops.table import SUBJECTS
 from ltxforge.benchmarks.resources import resources_of
@@ -31,7 +31,7 @@ from ltxforge.benchmarks.subject import (
     bytes_of,
     together,
 )
-from ltxforge.benchmarks.timing import Call, sets_needed, time_against_each_other, timing, with_details
+from ltxforge.benchmarks.timing import sets_needed, time_against_each_other, timing, with_details
 from ltxforge.errors import BenchmarkError, Stopped
 from ltxforge.hardware import Hardware, is_out_of_memory, synchronize, torch_device
 from ltxforge.models.parts import release_memory
@@ -57,7 +57,7 @@ def begin(cases: Sequence[KernelCase], hardware: Hardware, tell: Told, stop: Sto
     here = [case for case in cases if _skipped(case, hardware) is None]
     # A backward pass is timed many times over one forward: nothing may be reused in place.
     functorch_config.donated_buffer = False
-    facts: dict[str, Any] = {"ceilings": {}, "clocks": clocks()}
+    facts: dict[str, Any] = {"ceilings": {}}
     if here:
         tell("measuring this machine's ceilings")
         facts["ceilings"] = measure_ceilings(device)
@@ -112,22 +112,28 @@ class _Session:
         gates, check_peer = gates_of(subject, implementations, self.device, case.timed != "forward")
         if red := [gate for gate in gates if not gate.passed]:
             return self._result(case, "gate failed", "; ".join(map(told, red)), gates=tuple(gates))
-        ours = {name: subject.ours(name) for name in implementations}
         peers, unavailable = _peers(subject, case, check_peer)
-        times = self._times(case, subject, {**ours, **peers})
-        return self._summary(case, subject, implementations, times, tuple(gates), unavailable)
+        calls = self._calls(case, subject, {**{name: subject.ours(name) for name in implementations}, **peers})
+        for name in peers:
+            if why := _why_not(calls[name]):
+                unavailable[name] = why
+                del calls[name]
+        return self._summary(case, subject, implementations, self._times(case, calls), tuple(gates), unavailable)
 
-    def _times(self, case: KernelCase, subject: Subject, contenders: Mapping[str, Contender]) -> dict[str, Timing]:
-        """Contender → its times, all taken together."""
+    def _calls(self, case: KernelCase, subject: Subject, contenders: Mapping[str, Contender]) -> dict[str, list[Call]]:
+        """What is timed of each contender, over the same rotated sets of inputs."""
         first = subject.inputs(DeviceFiller(self.device, 1))
         count = sets_needed(bytes_of(first), self.device)
         sets = [first, *(subject.inputs(DeviceFiller(self.device, seed)) for seed in range(2, count + 1))]
-        leaves = list(subject.leaves)
+        leaves = subject.leaves
         upstream = [upstream_of(subject, each, seed) for seed, each in enumerate(sets)] if leaves else [()] * count
-        calls = {
-            name: [_call(case.timed, contender, each, leaves, up) for each, up in zip(sets, upstream, strict=True)]
+        return {
+            name: [Call(case.timed, contender, each, leaves, up) for each, up in zip(sets, upstream, strict=True)]
             for name, contender in contenders.items()
         }
+
+    def _times(self, case: KernelCase, calls: Mapping[str, Sequence[Call]]) -> dict[str, Timing]:
+        """Contender → its times, all taken together."""
         seconds = time_against_each_other(calls, case.rounds, self.device, lambda: self.stop.requested)
         if self.stop.requested:
             raise Stopped(self.stop.signal_number, f"stopped in the middle of {case.name}, which is not recorded")
@@ -205,6 +211,8 @@ def _peers(
     for name in case.peers:
         try:
             contender = subject.peers[name]()
+            if case.timed != "forward" and not contender.has_backward:
+                raise PeerMissing("it has no backward pass")
             gate = check(name, contender)
         except PeerMissing as error:
             unavailable[name] = str(error)
@@ -219,25 +227,46 @@ def _peers(
     return found, unavailable
 
 
-def _call(timed: str, contender: Contender, given: Inputs, leaves: Sequence[str], upstream: tuple) -> Call:
-    """What is timed of a contender over one set of inputs."""
-    if not leaves:
-        return torch.no_grad()(partial(contender.call, contender.prepare(given)))
-    given = asked(given, tuple(leaves))
-    prepared = contender.prepare(given)
-    if timed == "forward":
-        return partial(contender.call, prepared)
-    wanted = [getattr(given, name) for name in leaves]
+def _why_not(calls: Sequence[Call]) -> str | None:
+    """Why a peer, which computed the right thing, cannot be timed after all; or None."""
+    try:
+        for call in calls:
+            call()
+    except Exception as error:  # a peer's trouble is not ours
+        return f"{type(error).__name__}: {_first_line(error)}"
+    return None
 
-    def gradients_of(outputs: tuple[torch.Tensor, ...], retain: bool) -> Any:
+
+class Call:
+    """What is timed of a contender over one set of inputs: a call without arguments."""
+
+    def __init__(
+        self, timed: str, contender: Contender, given: Inputs, leaves: Sequence[str], upstream: tuple[Tensor, ...]
+    ) -> None:
+        self._timed, self._contender, self._upstream = timed, contender, upstream
+        given = asked(given, tuple(leaves))
+        self._prepared = contender.prepare(given)
+        self._wanted = [getattr(given, name) for name in leaves]
+        self._outputs: tuple[Tensor, ...] | None = None
+
+    def __call__(self) -> Any:
+        """Outputs or gradients. Of a backward pass alone the forward pass is made once, by the first call."""
+        if not self._wanted or not self._contender.has_backward:
+            with torch.no_grad():
+                return self._contender.call(self._prepared)
+        if self._timed == "forward":
+            return self._contender.call(self._prepared)
+        outputs = self._outputs or together(self._contender.call(self._prepared))
+        if self._timed == "backward":
+            self._outputs = outputs
+        upstream = self._upstream[: len(outputs)]
         # A peer may compute less: the base alone has no gradient of A and B.
-        return torch.autograd.grad(outputs, wanted, upstream[: len(outputs)], retain_graph=retain, allow_unused=True)
-
-    if timed == "both":
-        return lambda: gradients_of(together(contender.call(prepared)), False)
-    outputs = together(contender.call(prepared))
-    return lambda: gradients_of(outputs, True)
+        return torch.autograd.grad(
+            outputs, self._wanted, upstream, retain_graph=self._timed == "backward", allow_unused=True
+        )
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+    """What an error says in one line; of one that only announces another, that one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if not line.endswith(":")), "")

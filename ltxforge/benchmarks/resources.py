@@ -9,17 +9,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ltxforge.benchmarks.bench import Told
 
-CHIPS = ("sm_90", "sm_86")
+CHIPS = ("sm_90",)
 LIMIT_SECONDS = 1200
+MOST = ("registers", "spilled_bytes", "shared_bytes", "narrow")
+FEWEST = ("widest_load", "widest_store", "tensor_core", "bulk_copies")
 
 
 def resources_of(ops: Collection[str], tell: Told) -> list[dict[str, Any]]:
-    """A record of each kernel that the ops launch, see `ltxforge_kernels.compile_only.Compiled`; empty without Triton.
+    """A record of each kernel that the ops launch, the worst of its variants; empty without Triton.
 
     Args:
         ops: as a suite calls them; a part of an op belongs to the launch whose name it begins with.
@@ -37,7 +39,24 @@ def resources_of(ops: Collection[str], tell: Told) -> list[dict[str, Any]]:
         why = getattr(error, "stderr", None) or str(error)
         tell(f"nothing could be compiled: {why.strip().splitlines()[-1] if why.strip() else type(error).__name__}")
         return []
-    return [record for record in records if _is_of(record["launch"], ops)]
+    return worst_of([record for record in records if _is_of(record["launch"], ops)])
+
+
+def worst_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One record for all variants of a kernel on a chip, `ltxforge_kernels.compile_only.Compiled`: the most that one
+    takes, the fewest of the good instructions, and of how many variants."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["launch"], record["kernel"], record["chip"]), []).append(record)
+    return [
+        {
+            **same[0],
+            **{name: max(record[name] for record in same) for name in MOST},
+            **{name: min(record[name] for record in same) for name in FEWEST},
+            "variants": len(same),
+        }
+        for same in groups.values()
+    ]
 
 
 def _is_of(launch: str, ops: Collection[str]) -> bool:

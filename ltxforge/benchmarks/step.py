@@ -1,7 +1,8 @@
-"""The suite `step`: one training step at full size, the trainer's own loop over synthetic latents and random weights.
+"""The suite `step`: one training step at full size, ours through the trainer's own loop, against diffusers with PEFT.
 
-Decides what is timed: whole steps between two synchronisations with the device, after warm-up; reading the cache is
-left out, all else is what `run` does. Loads and writes no file.
+Decides what is timed: whole steps between two synchronisations with the device, after warm-up, in turns with the peers
+over the same weights; reading the cache is left out, all else is what `run` does. Quality comes first: a red gate
+reports no speed. Loads and writes no file.
 """
 
 from __future__ import annotations
@@ -9,70 +10,61 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
+from ltxforge_kernels.choice import EAGER
 from torch.utils.flop_counter import FlopCounterMode
 
-from ltxforge import trainer
+from ltxforge.benchmarks import quality, timing
 from ltxforge.benchmarks.bench import Bench, Told
-from ltxforge.dataset.batches import Batch
+from ltxforge.benchmarks.step_peers import on_device
+from ltxforge.benchmarks.step_watch import StepWatch, train_watched
+from ltxforge.benchmarks.synthetic import model_tokens, plan_of, synthetic_batch, tokens_of, tokens_told
 from ltxforge.errors import NonFiniteError, Stopped
-from ltxforge.events import Event, StepDone
+from ltxforge.events import Event
 from ltxforge.hardware import (
     Hardware,
-    Moment,
     is_out_of_memory,
-    moment,
     peak_bytes,
     reserved_peak_bytes,
     reset_peak,
     reset_resident_peak,
     resident_peak_bytes,
-    seconds_between,
     synchronize,
     torch_device,
     torch_dtype,
 )
 from ltxforge.lora.targets import match
-from ltxforge.modalities import Streams, has
-from ltxforge.models.interface import Noisy, NoisyTokens, VideoModel, to_tokens
+from ltxforge.models.interface import Noisy, NoisyTokens
 from ltxforge.models.parts import release_memory
-from ltxforge.models.random_weights import random_model, random_prompt
-from ltxforge.optim import Optimizer
-from ltxforge.plan import (
-    AudioPlan,
-    CachePlan,
-    CheckpointPlan,
-    ConditioningPlan,
-    DataPlan,
-    DevicePlan,
-    FlowPlan,
-    LoraPlan,
-    MemoryPlan,
-    ModelPlan,
-    OptimizerPlan,
-    Plan,
-    TrainingPlan,
-    ValidationPlan,
-)
-from ltxforge.randomness import address
+from ltxforge.models.random_weights import random_model
+from ltxforge.plan import MemoryPlan, Plan
 from ltxforge.session import make_trainable
 from ltxforge.signals import StopRequest
-from ltxforge.suites.step import StepCase, StepResult
+from ltxforge.suites.kernels import Gate
+from ltxforge.suites.step import COMPILED_PEER, PeerStep, StepCase, StepResult, TrainingCase
 
-SEED = 0
 META = torch.device("meta")
+ROUNDS = 4
+"""Turns that ours and the peers take; each begins with a step that is not timed. Alone, ours takes one."""
 HOW = {
     "step_seconds": "whole steps of the trainer's own loop after warm-up, from one synchronisation with the device to"
     " the next; latents and prompts are synthetic and already in the host's memory, weights random",
     "phase_seconds": "medians; backward holds the loss, what checkpointing recomputes, and clipping",
-    "peak_bytes": "allocated and reserved by PyTorch on the device while training, weights included; resident: of the"
-    " whole process on the host",
+    "peak_bytes": "allocated and reserved by PyTorch on the device while training, weights included, and before any"
+    " peer is built; resident: of the whole process on the host",
     "model_flops": "per step: 2 for each multiply-add of every matrix product in forward and backward, attention"
     " included, without gradients of frozen weights and without what checkpointing recomputes",
     "tflops_per_second": "model_flops / the median step",
+    "launches": "kernels that one step starts, as the profiler counts them; on a GPU alone",
+    "gates": "checked before anything is timed, against diffusers' transformer with PEFT's LoRA in float32 on the same"
+    " weights, draws and adapter; eager_error is that of diffusers and PEFT in the case's own precision",
+    "peers": "diffusers' transformer with PEFT's own LoRA over the same weights, gradient checkpointing of every block,"
+    " a timestep per token, AdamW; compiled: with compile_repeated_blocks(); peaks without what ours holds beside the"
+    " weights",
+    "ratios": "the peer's median / our median",
 }
 
 
@@ -80,25 +72,32 @@ def begin(cases: Sequence[StepCase], hardware: Hardware, told: Told, stop: StopR
     """Ready to measure steps.
 
     Raises:
-        PlanError: a case's targets match nothing.
+        PlanError: a case's targets match nothing, or it asks for kernels that cannot run here.
     """
     for case in cases:
         match(case.targets, case.spec, case.trained, case.trained)
+        plan_of(case, hardware)
     return Bench(lambda case: measure(case, hardware, told, stop), HOW)
 
 
 def measure(case: StepCase, hardware: Hardware, told: Told, stop: StopRequest) -> StepResult:
-    """Build the case's model, train it and say what it took. Too little memory is a result, not an error.
+    """Check the step, build the case's model, train it and say what it took. Too little memory is a result, no error.
 
     Args:
         told: takes lines about what goes on.
     """
-    if hardware.kind == "cpu" and not case.spec.tiny:
-        return _unmeasured(case, "skipped", f"{case.model} at full size needs a GPU, and this machine has none")
-    device = torch_device(hardware.kind)
+    if reason := why_skipped(case, hardware):
+        return _unmeasured(case, "skipped", reason)
+    device, plan = torch_device(hardware.kind), plan_of(case, hardware)
+    torch.compiler.reset()  # what is compiled is compiled for this case's shapes alone
     reset_peak(device)
     try:
-        return _measured(case, hardware, told, stop)
+        gates = _gates(case, plan, hardware, told, stop)
+        if reason := quality.red(gates):
+            return _unmeasured(case, "gate failed", reason, gates=tuple(gates))
+        release_memory(device)
+        reset_peak(device)
+        return _measured(case, plan, hardware, told, stop, gates)
     except NonFiniteError as error:
         return _unmeasured(case, "not finite", error.what, device)
     except (RuntimeError, MemoryError) as error:
@@ -109,44 +108,112 @@ def measure(case: StepCase, hardware: Hardware, told: Told, stop: StopRequest) -
         release_memory(device)
 
 
-def _unmeasured(case: StepCase, outcome: Any, reason: str, device: torch.device | None = None) -> StepResult:
+def why_skipped(case: TrainingCase, hardware: Hardware) -> str:
+    """Why this machine does not even begin with the case, or ""."""
+    at_full_size = hardware.kind == "cpu" and not case.spec.tiny
+    return f"{case.model} at full size needs a GPU, and this machine has none" if at_full_size else ""
+
+
+def _unmeasured(
+    case: StepCase, outcome: Any, reason: str, device: torch.device | None = None, **found: Any
+) -> StepResult:
     peak = peaks(device) if device else {}
-    return StepResult(case.name, outcome, case.settings(), reason=reason, peak_bytes=peak)
+    return StepResult(case.name, outcome, case.settings(), reason=reason, peak_bytes=peak, **found)
 
 
-def _measured(case: StepCase, hardware: Hardware, told: Told, stop: StopRequest) -> StepResult:
-    device, plan = torch_device(hardware.kind), plan_of(case, hardware)
+def _gates(case: StepCase, plan: Plan, hardware: Hardware, told: Told, stop: StopRequest) -> list[Gate]:
+    """Quality: one step, then the overfit curve if that is right."""
+    told(f"{case.name}: is one step right?")
+    gates = quality.step_gates(case, plan, hardware)
+    if not quality.red(gates) and case.overfit_steps:
+        told(f"{case.name}: does it learn as diffusers with PEFT does, over {case.overfit_steps} steps?")
+        gates += quality.overfit_gates(case, plan, hardware, stop)
+    _leave_if_stopped(case, stop)
+    return gates
+
+
+def _leave_if_stopped(case: TrainingCase, stop: StopRequest) -> None:
+    if stop.requested:
+        raise Stopped(stop.signal_number, f"stopped in the middle of {case.name}, which is not recorded")
+
+
+class Contender(Protocol):
+    """Something that trains, a few steps at a time, and goes on where it stopped."""
+
+    def run(self, steps: int) -> list[float]:
+        """The seconds of each of the next so many steps."""
+        ...
+
+
+class Ours:
+    """Our step: the trainer's own loop over one synthetic batch."""
+
+    def __init__(self, case: TrainingCase, plan: Plan, device: torch.device, stop: StopRequest) -> None:
+        self.plan, self.device, self.stop = plan, device, stop
+        self.model = random_model(case.spec, device, torch_dtype(case.precision), case.trained)
+        self.optimizer = make_trainable(plan, self.model, _ignore)
+        self.batch = synthetic_batch(case, self.model)
+        self.watch = StepWatch(device)
+        self.losses: list[float] = []
+
+    def run(self, steps: int) -> list[float]:
+        start = len(self.losses)
+        plan = dataclasses.replace(self.plan, steps=start + steps)
+        self.losses += train_watched(plan, self.model, self.batch, self.optimizer, self.watch, self.stop, start)
+        return self.watch.step_seconds[start:]
+
+
+class Peer:
+    """The stock step over our model's weights, on the same batch."""
+
+    def __init__(self, name: str, ours: Ours, case: TrainingCase) -> None:
+        self.step = quality.stock_of(ours.plan, ours.model, case.spec, ours.model.dtype)
+        self.batches = [ours.batch] * case.accumulate
+        if name == COMPILED_PEER:
+            self.step.compile_blocks()
+
+    def run(self, steps: int) -> list[float]:
+        seconds, _ = self.step.run(self.batches, on_device(self.step.device), range(steps))
+        return seconds
+
+
+def _measured(
+    case: StepCase, plan: Plan, hardware: Hardware, told: Told, stop: StopRequest, gates: Sequence[Gate]
+) -> StepResult:  # fmt: skip
+    device = torch_device(hardware.kind)
     told(f"{case.name}: building {case.model} with random weights")
     reset_resident_peak()
     began = time.perf_counter()
-    model = random_model(case.spec, device, torch_dtype(case.precision), case.trained)
-    optimizer = make_trainable(plan, model, _ignore)
+    ours = Ours(case, plan, device, stop)
     synchronize(device)
     build_seconds, build_peak = time.perf_counter() - began, peaks(device)
     reset_resident_peak()
-    batch = synthetic_batch(case, model)
-    told(f"{case.name}: {case.warmup_steps} + {case.steps} steps of {_tokens_told(batch)}")
-    watch = StepWatch(device)
-    losses = train_watched(plan, model, batch, optimizer, watch, stop)
-    if stop.requested:
-        raise Stopped(stop.signal_number, f"stopped in the middle of {case.name}, which is not recorded")
-    timed = slice(case.warmup_steps, None)
-    base = [p for name, p in model.transformer.named_parameters() if "lora_" not in name]
+    told(f"{case.name}: {case.warmup_steps} + {case.steps} steps of {tokens_told(ours.batch)}")
+    rounds = Rounds(case, ours, told)
+    rounds.run()
+    _leave_if_stopped(case, stop)
+    base = [p for name, p in ours.model.transformer.named_parameters() if "lora_" not in name]
     return StepResult(
         name=case.name,
         outcome="measured",
         case=case.settings(),
+        ratios=rounds.ratios(),
         parameters=sum(p.numel() for p in base),
-        trained_parameters=sum(p.numel() for p in optimizer.parameters.values()),
+        trained_parameters=sum(p.numel() for p in ours.optimizer.parameters.values()),
         weights_bytes=sum(p.nbytes for p in base),
-        tokens=tokens_of(batch),
+        tokens=tokens_of(ours.batch),
         build_seconds=build_seconds,
         build_peak_bytes=build_peak,
-        step_seconds=tuple(watch.step_seconds[timed]),
-        phase_seconds=medians(watch.phase_seconds[timed]),
-        peak_bytes=peaks(device),
+        step_seconds=tuple(rounds.seconds[OURS]),
+        phase_seconds=medians([ours.watch.phase_seconds[number] for number in rounds.timed]),
+        peak_bytes=rounds.peaks[OURS],
         model_flops=count_flops(case, plan),
-        losses=tuple(losses),
+        losses=tuple(ours.losses),
+        launches=rounds.launches(OURS),
+        gates=tuple(gates),
+        peers={name: rounds.peer(name) for name in case.peers if name in rounds.contenders},
+        unavailable=rounds.unavailable,
+        kernels={choice.op: choice.implementation for choice in plan.kernels.choices},
     )
 
 
@@ -154,180 +221,91 @@ def _ignore(_event: Event) -> None:
     """Takes events that nobody needs."""
 
 
-def train_watched(
-    plan: Plan, model: VideoModel, batch: Batch, optimizer: Optimizer, watch: StepWatch, stop: StopRequest
-) -> list[float]:
-    """The trainer's own loop, watched; each step's loss."""
-    losses = []
-
-    def emit(event: Event) -> None:
-        if isinstance(event, StepDone):
-            losses.append(event.loss)
-
-    data = SyntheticData(plan, batch, watch)
-    watched: Any = _Watched(model, "predict", watch.forward_done)
-    updates: Any = _Watched(optimizer, "step", watch.update_begins, before=True)
-    watch.start()
-    trainer.train(plan, watched, data, updates, 0, emit, stop, lambda _step: watch.step_done())
-    return losses
+OURS = "ltxforge"
 
 
-def plan_of(case: StepCase, hardware: Hardware) -> Plan:
-    """What the planner would decide for such a run, as far as a step depends on it."""
-    spec, steps = case.spec, case.warmup_steps + case.steps
-    return Plan(
-        name=case.name,
-        seed=SEED,
-        steps=steps,
-        steps_per_epoch=1.0,
-        model=ModelPlan(case.model, spec.version, spec.rope, {}),
-        device=DevicePlan(
-            case.precision, case.precision, hardware.kind, "PyTorch SDPA", "statistical", "a measurement", hardware.name
-        ),
-        data=DataPlan((), ()),
-        cache=CachePlan(""),
-        flow=FlowPlan("stretched-logit-normal", None, True, 0.1),
-        conditioning=ConditioningPlan(0.0, 0.0, spec.default_prompt_tokens),
-        lora=LoraPlan(case.rank, float(case.rank), 0.0, False, tuple(case.targets), modalities=case.trained),
-        optimizer=OptimizerPlan("adamw", 1e-4, (0.9, 0.999), 1e-8, 0.0, "constant", 0, steps, 0.0, 2.0),
-        training=TrainingPlan(case.batch_size, case.accumulate, 1.0, None, case.trained),
-        memory=MemoryPlan(case.checkpointing),
-        checkpoint=CheckpointPlan(steps, 2),
-        validation=ValidationPlan(0, False),
-        directory="",
-        audio=AudioPlan("independent", 1.0) if has(case.trained, "audio") else None,
-    )
+class Rounds:
+    """Ours and the peers in turns: what each took, at its peak and in each timed step.
 
+    Each is built, warmed up and run alone first, which is when its peak is read; then they alternate. A peer that does
+    not fit into memory, or fails, is left out and told.
 
-def synthetic_batch(case: StepCase, model: VideoModel) -> Batch:
-    """A micro-batch as the cache would give it: standard normal latents, whole captions, every clip with sound.
-
-    L, the sound's latents, is what the model says belongs to the clip's duration.
-    """
-    spec, size = case.spec, case.batch_size
-    shape = case.shape.latent(spec.spatial_factor, spec.temporal_factor)
-    generator = torch.Generator().manual_seed(address(SEED, "synthetic-latents"))
-    video = audio = None
-    if has(case.trained, "video"):
-        video = torch.randn(
-            size, spec.latent_channels, shape.frames, shape.height, shape.width, generator=generator
-        )  # fmt: skip
-    if has(case.trained, "audio"):
-        length = model.sound_length(case.shape.frames / case.rate)
-        audio = torch.randn(size, length, spec.transformer_config["audio_in_channels"], generator=generator)
-    prompt = random_prompt(spec, spec.default_prompt_tokens, case.trained, torch_dtype(case.precision))
-    return Batch(
-        latents=Streams(video, audio),
-        present=None if audio is None else torch.ones(size, dtype=torch.bool),
-        prompts=[prompt] * size,
-        clean=torch.zeros(size, shape.tokens, dtype=torch.bool),
-        shape=shape,
-        fps=case.rate,
-        samples=(),
-        first_index=0,
-    )
-
-
-def tokens_of(batch: Batch) -> dict[str, int]:
-    """Sequence lengths of one sample: T of the video, L of the sound, P of the prompt."""
-    streams = {name: each.shape[1] for name, each in model_tokens(batch).items()}
-    return {**streams, "prompt": batch.prompts[0].tokens}
-
-
-def model_tokens(batch: Batch) -> Streams[torch.Tensor]:
-    """Each modality's tokens, [B, T, C] and [B, L, C]."""
-    video = batch.latents.video
-    return Streams(None if video is None else to_tokens(video), batch.latents.audio)
-
-
-def _tokens_told(batch: Batch) -> str:
-    return ", ".join(f"{count:,} {name} tokens" for name, count in tokens_of(batch).items())
-
-
-class StepWatch:
-    """When each step and each of its phases began and ended.
-
-    A step is host time from synchronisation to synchronisation. Its phases follow each other without a gap: "data",
-    "forward" (noising included), "backward" (with the loss, what checkpointing recomputes, and clipping), "optimizer".
+    Attributes:
+        timed: which of our steps, counted from the first, were timed.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.step_seconds: list[float] = []
-        self.phase_seconds: list[dict[str, float]] = []
-        self._device = device
-        self._marks: list[tuple[str, Moment]] = []
-        self._began = 0.0
+    def __init__(self, case: StepCase, ours: Ours, told: Told) -> None:
+        self.case, self.ours, self.told = case, ours, told
+        self.contenders: dict[str, Contender] = {OURS: ours}
+        self.seconds: dict[str, list[float]] = {}
+        self.peaks: dict[str, dict[str, int]] = {}
+        self.unavailable: dict[str, str] = {}
+        self.timed: list[int] = []
+        count = min(ROUNDS, case.steps) if case.peers else 1
+        self.shares = [case.steps // count + (turn < case.steps % count) for turn in range(count)]
 
-    def start(self) -> None:
-        """The first step begins."""
-        synchronize(self._device)
-        self._began = time.perf_counter()
+    def run(self) -> None:
+        """All rounds."""
+        device = self.ours.device
+        self._turn(OURS, self.case.warmup_steps, self.shares[0])
+        self.peaks[OURS] = peaks(device)
+        for name in self.case.peers:
+            if not self.ours.stop.requested:
+                self._first(name)
+        for share in self.shares[1:]:
+            for name in self.contenders:
+                if not self.ours.stop.requested:
+                    self._turn(name, 1, share)
 
-    def begins(self, phase: str) -> None:
-        """A phase begins, and the one before it is over."""
-        self._marks.append((phase, moment(self._device)))
+    def _first(self, name: str) -> None:
+        """Build a peer and let it take its first turn."""
+        device = self.ours.device
+        release_memory(device)
+        self.told(f"{self.case.name}: building the peer {name}")
+        held = allocated(device) - self._weights_on(device)
+        reset_peak(device)
+        try:
+            self.contenders[name] = Peer(name, self.ours, self.case)
+            self._turn(name, self.case.warmup_steps, self.shares[0])
+        except (RuntimeError, MemoryError) as error:
+            self.contenders.pop(name, None)
+            what = "out of memory" if is_out_of_memory(error) else type(error).__name__
+            self.unavailable[name] = f"{what}: {(str(error).splitlines() or [''])[0]}"
+        else:
+            peak = peak_bytes(device)
+            self.peaks[name] = {"allocated": peak - held} if peak else {}
+        release_memory(device)
 
-    def forward_done(self) -> None:
-        """The backward phase begins."""
-        self.begins("backward")
+    def _weights_on(self, device: torch.device) -> int:
+        parameters = self.ours.model.transformer.named_parameters()
+        return sum(p.nbytes for name, p in parameters if "lora_" not in name and p.device.type == device.type)
 
-    def update_begins(self) -> None:
-        """The optimiser's phase begins."""
-        self.begins("optimizer")
+    def _turn(self, name: str, untimed: int, timed: int) -> None:
+        contender = self.contenders[name]
+        contender.run(untimed)
+        if name == OURS:
+            first = len(self.ours.losses)
+            self.timed += range(first, first + timed)
+        self.seconds.setdefault(name, []).extend(contender.run(timed))
 
-    def step_done(self) -> None:
-        """A step is over, and the next one begins."""
-        self.begins("")
-        synchronize(self._device)
-        now = time.perf_counter()
-        self.step_seconds.append(now - self._began)
-        phases: dict[str, float] = {}
-        for (phase, first), (_, last) in zip(self._marks, self._marks[1:], strict=False):
-            phases[phase] = phases.get(phase, 0.0) + seconds_between(first, last)
-        self.phase_seconds.append(phases)
-        self._marks.clear()
-        self._began = time.perf_counter()
+    def ratios(self) -> dict[str, float]:
+        """How many times our median step each peer's takes."""
+        median = statistics.median(self.seconds[OURS])
+        return {name: statistics.median(self.seconds[name]) / median for name in self.contenders if name != OURS}
 
+    def launches(self, name: str) -> int | None:
+        """Kernels that one step starts; None where there is no GPU."""
+        device = self.ours.device
+        return timing.launches(lambda: self.contenders[name].run(1), device) if device.type == "cuda" else None
 
-class _Watched:
-    """Something whose one method tells when it is called, or has returned; all else is its own."""
-
-    def __init__(self, inner: Any, method: str, tell: Callable[[], None], before: bool = False) -> None:
-        self._inner, self._method, self._tell, self._before = inner, method, tell, before
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._inner, name)
-        return self._told(found) if name == self._method else found
-
-    def _told(self, method: Callable) -> Callable:
-        def called(*arguments: Any) -> Any:
-            if self._before:
-                self._tell()
-            result = method(*arguments)
-            if not self._before:
-                self._tell()
-            return result
-
-        return called
+    def peer(self, name: str) -> PeerStep:
+        """What a peer's steps took."""
+        return PeerStep(tuple(self.seconds[name]), self.peaks[name], self.launches(name))
 
 
-class SyntheticData:
-    """The batches of a measurement: the same one in every step. See `trainer.StepData`."""
-
-    def __init__(self, plan: Plan, batch: Batch, watch: StepWatch) -> None:
-        self._plan, self._batch, self._watch = plan, batch, watch
-
-    def load(self, _step: int, micro: int) -> Batch:
-        self._watch.begins("data")
-        batch = dataclasses.replace(self._batch, first_index=micro * self._plan.training.batch_size)
-        self._watch.begins("forward")
-        return batch
-
-    def count_at(self, _step: int) -> Streams[int]:
-        return self._batch.latents.map(lambda each: len(each) * self._plan.training.accumulate)
-
-    def epoch_at(self, step: int) -> float:
-        return float(step)
+def allocated(device: torch.device) -> int:
+    """What tensors take on the device now; 0 where the device does not count."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def medians(steps: list[dict[str, float]]) -> dict[str, float]:
@@ -353,7 +331,7 @@ def count_flops(case: StepCase, plan: Plan) -> int:
     elementwise, noising, loss and optimiser. Counted on the meta device, where nothing is computed.
     """
     model = random_model(case.spec, META, torch_dtype(case.precision), case.trained)
-    make_trainable(dataclasses.replace(plan, memory=MemoryPlan(0)), model, _ignore)
+    make_trainable(dataclasses.replace(plan, memory=MemoryPlan(0), kernels=EAGER), model, _ignore)
     batch = synthetic_batch(case, model)
     timesteps = torch.zeros(case.batch_size, 1, device=META)
     noisy = model_tokens(batch).map(lambda each: NoisyTokens(each.to(META, model.dtype), timesteps, timesteps[:, 0]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,11 +30,13 @@ class Contender:
 
     Attributes:
         is_whole: whether it computes the op itself, which the gate then checks, and not a part of it or a rougher one.
+        has_backward: whether it has gradients; if not it is timed without autograd, forward alone.
     """
 
     call: Callable[[Any], Outputs]
     prepare: Callable[[Inputs], Any] = _as_is
     is_whole: bool = True
+    has_backward: bool = True
 
     def __call__(self, inputs: Inputs) -> Outputs:
         """Both, where nothing is timed."""
@@ -43,7 +45,7 @@ class Contender:
 
 def compiled(contender: Contender) -> Contender:
     """The same through torch.compile."""
-    return Contender(torch.compile(contender.call, fullgraph=True), contender.prepare)
+    return replace(contender, call=torch.compile(contender.call, fullgraph=True))
 
 
 class PeerMissing(Exception):

@@ -11,7 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import LTX2VideoTransformer3DModel, LTXVideoTransformer3DModel
+from diffusers import (
+    AutoencoderKLLTX2Video,
+    AutoencoderKLLTXVideo,
+    LTX2VideoTransformer3DModel,
+    LTXVideoTransformer3DModel,
+)
 from torch import Tensor, nn
 
 from ltxforge.modalities import MODALITIES, has
@@ -33,32 +38,54 @@ def random_model(spec: ModelSpec, device: torch.device, dtype: torch.dtype, moda
     if spec.family == "ltx-2":
         return _ltx2(spec, device, dtype, modalities)
     assert modalities == "video", f"{spec.version} makes no sound"
-    parts = Parts(transformer=_transformer(LTXVideoTransformer3DModel, spec), vae=_none, text_encoder=_none,
+    parts = Parts(transformer=_transformer(spec), vae=_none, text_encoder=_none,
                   scheduler=_none)  # fmt: skip
     return LTXVideo(spec, spec.rope, parts, device, dtype)
 
 
 def _ltx2(spec: ModelSpec, device: torch.device, dtype: torch.dtype, modalities: str) -> LTX2Video:
     parts = LTX2Parts(
-        transformer=_transformer(LTX2VideoTransformer3DModel, spec), vae=_none, audio_vae=_none, vocoder=_none,
+        transformer=_transformer(spec), vae=_none, audio_vae=_none, vocoder=_none,
         connectors=_none, text_encoder=_none, scheduler=_none,
         mel=lambda: MelSettings.from_vae_config(spec.audio_vae_config or {}),
     )  # fmt: skip
     return LTX2Video(spec, spec.rope, parts, device, dtype, modalities=modalities)
 
 
+TRANSFORMERS: dict[str, type[nn.Module]] = {
+    "ltx-video": LTXVideoTransformer3DModel,
+    "ltx-2": LTX2VideoTransformer3DModel,
+}
+VAES: dict[str, type[nn.Module]] = {"ltx-video": AutoencoderKLLTXVideo, "ltx-2": AutoencoderKLLTX2Video}
+
+
+def empty_transformer(spec: ModelSpec) -> nn.Module:
+    """diffusers' transformer of the version on the meta device: shapes without memory, waiting for weights."""
+    with torch.device("meta"):
+        return TRANSFORMERS[spec.family](**spec.transformer_config).eval()
+
+
 def _none(*_arguments: Any) -> Any:
     raise AssertionError("a model with random weights has no part but its transformer")
 
 
-def _transformer(kind: type[nn.Module], spec: ModelSpec) -> Callable[[torch.device, torch.dtype], Any]:
-    return lambda device, dtype: random_module(lambda: kind(**spec.transformer_config), device, dtype)
+def _transformer(spec: ModelSpec) -> Callable[[torch.device, torch.dtype], Any]:
+    return lambda device, dtype: randomly_filled(empty_transformer(spec), device, dtype)
 
 
-def random_module(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The module on the device, in the dtype, filled with random values; with shapes alone on the meta device."""
+def random_vae(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Any:
+    """The version's video VAE, frozen; its latents' statistics are those of latents that are normalised already."""
     with torch.device("meta"):
-        module = make().eval()
+        vae = VAES[spec.family](**spec.vae_config).eval()
+    statistics = {name: vae._buffers.pop(name) for name in ("latents_mean", "latents_std")}
+    vae = randomly_filled(vae, device, dtype).requires_grad_(False)
+    for name, buffer in statistics.items():
+        vae.register_buffer(name, torch.full(buffer.shape, float(name == "latents_std"), device=device, dtype=dtype))
+    return vae
+
+
+def randomly_filled(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
+    """A module of the meta device on the device, in the dtype, with random values; shapes alone on the meta device."""
     assert not list(module.buffers()), "buffers have values of their own, which nobody would fill in"
     module = cast(module, torch.device("meta"), dtype).to_empty(device=device)
     if device.type != "meta":

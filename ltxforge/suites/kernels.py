@@ -42,15 +42,15 @@ OPS = {
         (*LINEAR, "rank"), ("base alone", "PEFT", "PEFT compiled", "addmm per projection"), ("forward", "both")
     ),
     "nf4_dequantise": Op(("width", "out"), ("bitsandbytes",)),
-    "nf4_linear": Op(LINEAR, ("bitsandbytes", "dequantise and cuBLAS", "base alone")),
+    "nf4_linear": Op(LINEAR, ("bitsandbytes", "dequantise and cuBLAS", "base alone"), ("forward", "both")),
     "int8_dequantise": Op(("width", "out")),
-    "int8_linear": Op(LINEAR, ("base alone",)),
+    "int8_linear": Op(LINEAR, ("base alone",), ("forward", "both")),
     "int8_w8a8": Op(
         (*LINEAR, "rank"),
         ("base alone", "_int_mm and rescale", "_scaled_mm rowwise", "addmm per projection"),
         ("forward", "both"),
     ),
-    "fp8_linear": Op(LINEAR, ("base alone",)),
+    "fp8_linear": Op(LINEAR, ("base alone",), ("forward", "both")),
     "causal_conv3d": Op(
         ("width", "out", "extent"), ("cuDNN NCDHW", "cuDNN NDHWC", "cuDNN NDHWC, benchmark", "three conv2d")
     ),

@@ -6,7 +6,7 @@ A case becomes numbers in `benchmarks/step.py`.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,11 +17,16 @@ from ltxforge.model_spec import ModelSpec
 from ltxforge.recipe.schema import Count, Fps, Target
 from ltxforge.shapes import ClipShape
 from ltxforge.suites.case import Case, Result
+from ltxforge.suites.kernels import Gate
 from ltxforge.suites.sizes import EXAMPLES, MODELS, Models, Size, parse_shape
 
+EAGER_PEER, COMPILED_PEER = "diffusers + PEFT", "diffusers + PEFT, compiled"
+PEERS = (EAGER_PEER, COMPILED_PEER)
+"""Stock diffusers with PEFT's LoRA and gradient checkpointing, eager, and with its repeated blocks compiled."""
 
-class StepCase(Case):
-    """One training step to measure: which model, on what, and how it is trained."""
+
+class TrainingCase(Case):
+    """A training step: which model, on what, and how it is trained."""
 
     model: Models  # type: ignore[valid-type]
     size: Size
@@ -33,9 +38,13 @@ class StepCase(Case):
     targets: Annotated[list[Target], Field(min_length=1, max_length=256)] = Field(["attention", "feed_forward"])
     checkpointing: Annotated[int, Field(ge=0, le=1000)] = Field(1, description="0 off, n every n-th block.")
     precision: Literal["bf16", "fp32"] = "bf16"
+    kernels: Literal["triton", "compile", "eager"] | None = Field(
+        None, description="How every op is carried out. Default: as the planner chooses on this machine."
+    )
     steps: Count = 20
     warmup_steps: Annotated[int, Field(ge=1, le=1000)] = Field(3, description="Not timed: the first steps set up.")
 
+    known_peers: ClassVar[tuple[str, ...]] = PEERS
     examples: ClassVar[dict[str, str]] = EXAMPLES
 
     @property
@@ -63,10 +72,29 @@ class StepCase(Case):
         return {**super().settings(), "fps": self.rate, "modalities": self.trained}
 
     def contradictions(self) -> Iterator[tuple[str, str, str]]:
-        """Also: sound from a model that makes none."""
+        """Also: sound from a model that makes none, and peers for one modality of two."""
         yield from super().contradictions()
         if has(self.trained, "audio") and not self.spec.has_audio:
             yield "modalities", f"{self.model} makes no sound", 'write "video", or leave it out'
+        elif self.peers and self.spec.has_audio and self.trained != "both":
+            yield "peers", "diffusers always computes picture and sound together", "leave `peers` or `modalities` out"
+
+
+class StepCase(TrainingCase):
+    """One training step to measure: its quality first, then its speed."""
+
+    overfit_steps: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        200, description="Length of the overfit curve that is compared with the peer's before any timing; 0 is none."
+    )
+
+
+@dataclass(frozen=True)
+class PeerStep:
+    """What a peer's steps took: as the fields of `StepResult` of the same names."""
+
+    step_seconds: tuple[float, ...]
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    launches: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +104,9 @@ class StepResult(Result):
     `step_seconds` are whole steps, each from one synchronisation with the device to the next; `phase_seconds` the
     medians of their parts, on the device's own clock. `peak_bytes` is of the steps, `build_peak_bytes` of building
     model and adapter before them: "allocated" and "reserved" by PyTorch on the device, "resident" of the process.
-    `model_flops` are one step's, see `benchmarks.step.count_flops`.
+    `model_flops` are one step's, see `benchmarks.step.count_flops`; `launches` the kernels that one step starts.
+    `gates` were checked before anything was timed; if one is red, nothing was. `peers` are timed in turns with ours;
+    `unavailable` says why one was not. `kernels` is how each op was carried out.
     """
 
     parameters: int | None = None
@@ -90,6 +120,11 @@ class StepResult(Result):
     peak_bytes: dict[str, int] = field(default_factory=dict)
     model_flops: int | None = None
     losses: tuple[float, ...] = ()
+    launches: int | None = None
+    gates: tuple[Gate, ...] = ()
+    peers: dict[str, PeerStep] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)
 
     def seconds(self) -> dict[str, float]:
         """The median step."""
@@ -103,11 +138,20 @@ class StepResult(Result):
         return [f"the loss or gradient was NaN or infinite, its seconds would mean nothing; {remedy}"]
 
     def entry(self) -> dict[str, Any]:
-        """With shortest, longest and median step, and the rate at the median."""
-        entry = super().entry()
+        """With shortest, longest and median step and the fifths at both ends, and the rate at the median."""
+        entry = {**super().entry(), **spread(self.step_seconds)}
+        for name, peer in self.peers.items():
+            entry["peers"][name] |= spread(peer.step_seconds)
         if self.step_seconds:
-            median = statistics.median(self.step_seconds)
-            entry["step_seconds_min"], entry["step_seconds_max"] = min(self.step_seconds), max(self.step_seconds)
-            entry["step_seconds_median"] = median
-            entry["tflops_per_second"] = None if self.model_flops is None else self.model_flops / median / 1e12
+            rate = None if self.model_flops is None else self.model_flops / entry["step_seconds_median"] / 1e12
+            entry["tflops_per_second"] = rate
         return entry
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """`step_seconds_min`, `_p20`, `_median`, `_p80` and `_max`; nothing of nothing."""
+    if not seconds:
+        return {}
+    fifths = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else list(seconds) * 4
+    found = {"min": min(seconds), "p20": fifths[0], "median": statistics.median(seconds), "p80": fifths[-1]}
+    return {f"step_seconds_{name}": value for name, value in {**found, "max": max(seconds)}.items()}

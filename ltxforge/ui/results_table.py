@@ -112,10 +112,11 @@ def resources_table(records: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def resources_row(record: Mapping[str, Any]) -> Row:
-    """Of one kernel: how much it takes of a chip, and the instructions that tell a good one from a bad one."""
+    """Of one kernel, the worst of its variants: what it takes of a chip, and the instructions of a good one."""
     return {
         "launch": record["launch"],
         "kernel": record["kernel"],
+        "variants": str(record["variants"]),
         "chip": record["chip"],
         "registers": str(record["registers"]),
         "spilled": f"{record['spilled_bytes']} B",

@@ -1,7 +1,7 @@
-"""Makes Triton's interpreter honest: bf16 that rounds as a GPU does, and no access outside the tensors it was given.
+"""Makes Triton's interpreter honest: casts that round as a GPU does, and no access outside the tensors it was given.
 
-Without it bf16 arithmetic runs on bit patterns, casts to bf16 truncate, and a missing mask reads what lies behind a
-tensor. Works with Triton 3.6 to 3.9; changes the interpreter of this process, once.
+Without it bf16 arithmetic runs on bit patterns, casts to bf16 truncate, those to fp8 round wrongly, and a missing mask
+reads what lies behind a tensor. Works with Triton 3.6 to 3.9; changes the interpreter of this process, once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def install() -> None:
         return
     InterpreterBuilder.repaired = True
     InterpreterBuilder.cast_impl = casting(InterpreterBuilder.cast_impl)
+    InterpreterBuilder.create_fp_to_fp = converting(InterpreterBuilder.create_fp_to_fp)
     InterpreterBuilder.create_dot = widening(InterpreterBuilder.create_dot)
     InterpreterBuilder.binary_op = refusing(InterpreterBuilder.binary_op)
     InterpreterBuilder.unary_op = refusing(InterpreterBuilder.unary_op)
@@ -55,6 +56,21 @@ def to_bf16_bits(values: np.ndarray) -> np.ndarray:
     bits = values.view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def to_fp8_bits(values: np.ndarray) -> np.ndarray:
+    """As PyTorch rounds to e4m3, which is what the GPU's instruction does up to the largest value."""
+    rounded = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(torch.float8_e4m3fn)
+    return rounded.view(torch.uint8).numpy()
+
+
+def converting(original: Callable) -> Callable:
+    def convert(self: InterpreterBuilder, source: TensorHandle, to: tl.dtype, rounding: object) -> TensorHandle:
+        if to.scalar == tl.float8e4nv and source.dtype.scalar == tl.float32:
+            return TensorHandle(to_fp8_bits(source.data), tl.float8e4nv)
+        return original(self, source, to, rounding)
+
+    return convert
 
 
 def casting(original: Callable) -> Callable:

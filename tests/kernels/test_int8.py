@@ -11,8 +11,9 @@ from ltxforge_kernels import int8
 from ltxforge_kernels.cases import Filler
 from ltxforge_kernels.int8 import launch, reference
 from ltxforge_kernels.int8.inputs import KEEP, LORA_SCALE, Inputs, inputs
-from ltxforge_kernels.int8.weight import dequantise_rows, quantise_rows
+from ltxforge_kernels.int8.weight import quantise_rows
 from ltxforge_kernels.precision import FLOORS, sqnr
+from ltxforge_kernels.scaled_rows import dequantise_rows
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 

@@ -18,6 +18,9 @@ Encoding only: there is no backward pass, and asking for a gradient is refused.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -55,8 +58,19 @@ def causal_conv3d(
         implementation: "triton", "compile" or "eager", from the plan.
     """
     require_fit(x, weight, bias, state, residual)
+    if implementation == "compile":
+        return reference.causal_conv3d(x, weight, bias, state, residual, norm_eps, compiled_activation())
     convolve = pick(implementation, reference.causal_conv3d, launch and launch.causal_conv3d)
     return convolve(x, weight, bias, state, residual, norm_eps)
+
+
+@functools.cache
+def compiled_activation() -> Callable[[Tensor, float], Tensor]:
+    """Norm and SiLU compiled once for all layers.
+
+    Not the convolution, which is the library's either way, but would cost a compilation per layer and chunk.
+    """
+    return torch.compile(reference.activated, fullgraph=True, dynamic=True)
 
 
 def pack(weight: Tensor) -> Tensor:

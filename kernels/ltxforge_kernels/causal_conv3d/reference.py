@@ -6,6 +6,8 @@ float32 itself, and its bits are those that diffusers' encoders give. For the tr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,12 +22,15 @@ def causal_conv3d(
     state: Tensor | None,
     residual: Tensor | None = None,
     norm_eps: float | None = None,
+    activate: Callable[[Tensor, float], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y [B, CO, T, H, W] and the new state; arguments as in the op."""
+    """y [B, CO, T, H, W] and the new state; arguments as in the op. `activate` stands in for `activated`."""
+    if norm_eps is not None:
+        x = (activate or activated)(x, norm_eps)
     before = weight.shape[2] - 1
-    whole = after_state(x if norm_eps is None else activated(x, norm_eps), state, before)
-    convolved = F.conv3d(whole, weight, bias, padding=(0, weight.shape[3] // 2, weight.shape[4] // 2))
-    return convolved if residual is None else convolved + residual, last(whole, before)
+    whole = after_state(x, state, before)
+    y = F.conv3d(whole, weight, bias, padding=(0, weight.shape[3] // 2, weight.shape[4] // 2))
+    return y if residual is None else y + residual, last(whole, before)
 
 
 def activated(x: Tensor, eps: float) -> Tensor:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ltxforge_kernels.implementations import HAS_TRITON, pick
 from ltxforge_kernels.int8 import reference
-from ltxforge_kernels.int8.weight import Int8Weight, dequantise_rows, quantise
+from ltxforge_kernels.int8.weight import Int8Weight, quantise
+from ltxforge_kernels.scaled_rows import dequantise_rows
 
 if HAS_TRITON:
     from ltxforge_kernels.int8 import launch

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltxforge_kernels.dequantised_linear import DequantisedLinear
-from ltxforge_kernels.int8.weight import dequantise_rows, quantise_rows
+from ltxforge_kernels.int8.weight import quantise_rows
 from ltxforge_kernels.precision import at_least_float32
+from ltxforge_kernels.scaled_rows import dequantise_rows
 
 
 def int8_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,7 +1,6 @@
 """An int8 weight and how rows become int8: symmetric, by each row's largest magnitude. Plain PyTorch, in float32.
 
-The same rule quantises a weight (a row is an output channel) and activations (a row is a token); the kernels follow it
-to the bit.
+The same rule quantises a weight (a row is an output channel) and activations (a row is a token).
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ltxforge_kernels.scaled_rows import stretch_rows
+
 LARGEST = 127
-# Below it LARGEST / absmax could overflow: such a row is 0.
-SMALLEST = 2.0**-100
 # Where a sum of int8 products, each at most 127², could leave int32.
 LONGEST_SUM = (2**31 - 1) // LARGEST**2
 
@@ -39,19 +38,7 @@ def quantise(weight: Tensor) -> Int8Weight:
 def quantise_rows(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x [M, K]·factor [K] as codes int8 [M, K] and scale float32 [M]: codes·scale is near it.
 
-    Rounds to nearest, ties to even. A row with an infinity or NaN has a scale that is one. In float32 whatever comes
-    in, so that codes do not depend on the precision of what surrounds them.
+    Rounds to nearest, ties to even. What is not finite has code 0, and shows in its row's scale alone.
     """
-    wide = x.to(torch.float32)
-    if factor is not None:
-        wide = wide * factor
-    absmax = wide.abs().amax(dim=1)
-    # Not LARGEST / absmax: for a Python number PyTorch multiplies by a rounded reciprocal.
-    stretch = torch.where(absmax <= SMALLEST, 0.0, torch.full_like(absmax, LARGEST) / absmax)
-    return torch.round(wide * stretch[:, None]).nan_to_num().to(torch.int8), absmax / LARGEST
-
-
-def dequantise_rows(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """values [N, K]·scale [N], multiplied in float32 (float64 where that is asked for) and rounded once."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return (values.to(wide) * scale.to(wide)[:, None]).to(dtype)
+    stretched, scale = stretch_rows(x, factor, LARGEST)
+    return torch.round(stretched).nan_to_num().to(torch.int8), scale

@@ -14,9 +14,9 @@ from torch.nn.functional import linear
 
 from ltxforge_kernels.configurations import configuration
 from ltxforge_kernels.nf4 import kernel
-from ltxforge_kernels.nf4.reference import SMALLEST, keep_weight, kept_weight
+from ltxforge_kernels.nf4.reference import SMALLEST
 from ltxforge_kernels.nf4.tables import midpoints, nf4_map
-from ltxforge_kernels.nf4.weight import Nf4Weight, block_count, packed_size
+from ltxforge_kernels.nf4.weight import Nf4Weight, block_count, keep_weight, kept_weight, packed_size
 from ltxforge_kernels.target import architecture, launching_on
 
 # Triton 3.10 changes the default. A nested scale's product and sum are rounded apart.
@@ -28,7 +28,7 @@ SMALL_PRODUCT_TOKENS = 128
 
 def pack(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """The op on a GPU."""
-    return pack_op(weight.detach(), blocksize)
+    return pack_op(weight, blocksize)
 
 
 def dequantise(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
@@ -84,8 +84,8 @@ def launch_unpack(
     if out.numel() == 0:
         return out
     chosen = configuration("nf4.unpack", architecture(out), dtype, weight.blocksize).options()
-    # Whole blocks, the widest of which are 4096 elements.
     chosen["GATHER"] = chosen["GATHER"] if gather is None else int(gather)
+    # Whole blocks, the widest of which are 4096 elements.
     chosen["BYTES"] = max(chosen["BYTES"], weight.blocksize // 2)
     with launching_on(out):
         kernel.unpack_kernel[(triton.cdiv(weight.packed.numel(), chosen["BYTES"]),)](
@@ -207,7 +207,7 @@ def keep_for_gradient(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, o
 def gradient(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
     weight = kept_weight(ctx).arguments
     of_x = backward_op(upstream, *weight) if ctx.needs_input_grad[0] else None
-    of_bias = upstream.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
+    of_bias = upstream.sum_to_size(upstream.shape[-1:]) if ctx.needs_input_grad[1] else None
     return of_x, of_bias, *(None for _ in weight)
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from ltxforge_kernels.nf4.double import expand, in_blocks
 from ltxforge_kernels.nf4.tables import midpoints, nf4_map
-from ltxforge_kernels.nf4.weight import Nf4Weight
+from ltxforge_kernels.nf4.weight import Nf4Weight, keep_weight, kept_weight
 
 # What an all-zero block is divided by.
 SMALLEST = 1e-38
@@ -66,20 +66,8 @@ class Linear(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         weight = kept_weight(ctx)
         of_x = upstream @ dequantise(weight, upstream.dtype) if ctx.needs_input_grad[0] else None
-        of_bias = upstream.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
+        of_bias = upstream.sum_to_size(upstream.shape[-1:]) if ctx.needs_input_grad[1] else None
         return of_x, of_bias, *(None for _ in weight.arguments)
-
-
-def keep_weight(ctx: torch.autograd.function.FunctionCtx, arguments: tuple) -> None:
-    """Save a weight for the gradient: its tensors as autograd wants them, all else beside them."""
-    ctx.save_for_backward(*(part for part in arguments if isinstance(part, Tensor)))
-    ctx.weight = [None if isinstance(part, Tensor) else (part,) for part in arguments]
-
-
-def kept_weight(ctx: torch.autograd.function.FunctionCtx) -> Nf4Weight:
-    """The weight again."""
-    saved = iter(ctx.saved_tensors)
-    return Nf4Weight.of([next(saved) if part is None else part[0] for part in ctx.weight])
 
 
 def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None) -> Tensor:

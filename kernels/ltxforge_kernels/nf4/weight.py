@@ -90,3 +90,15 @@ def packed_size(shape: tuple[int, int]) -> int:
 def block_count(shape: tuple[int, int], blocksize: int) -> int:
     """Blocks, the last of them perhaps not full."""
     return -(-shape[0] * shape[1] // blocksize)
+
+
+def keep_weight(ctx: torch.autograd.function.FunctionCtx, arguments: tuple) -> None:
+    """Save a weight for the gradient: its tensors as autograd wants them, all else beside them."""
+    ctx.save_for_backward(*(part for part in arguments if isinstance(part, Tensor)))
+    ctx.weight = [None if isinstance(part, Tensor) else (part,) for part in arguments]
+
+
+def kept_weight(ctx: torch.autograd.function.FunctionCtx) -> Nf4Weight:
+    """The weight again."""
+    saved = iter(ctx.saved_tensors)
+    return Nf4Weight.of([next(saved) if part is None else part[0] for part in ctx.weight])

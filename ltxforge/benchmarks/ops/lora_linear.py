@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from ltxforge_kernels.cases import Filler
 from ltxforge_kernels.lora_linear import lora_linear
 from ltxforge_kernels.lora_linear.inputs import Inputs, LayerShape, inputs
 
@@ -20,11 +23,16 @@ def subject(case: KernelCase, device: torch.device) -> Subject:
     def ours(given: Inputs, implementation: str) -> torch.Tensor:
         return lora_linear(*given.layer, implementation=implementation)
 
+    def made(fill: Filler) -> Inputs:
+        """A and B hold what they are rounded to at use, so that the truth is of the same LoRA."""
+        given = inputs(shape, fill, dtype, augmented=True, leading=leading)
+        return replace(given, a=given.a.to(dtype).float(), b=given.b.to(dtype).float())
+
     def alone() -> Contender:
         return Contender(base_alone, is_whole=False)
 
     return Subject(
-        inputs=lambda fill: inputs(shape, fill, dtype, augmented=True, leading=leading),
+        inputs=made,
         ours=lambda name: Contender(lambda given: ours(given, name)),
         work=product_work(case),
         leaves=("x", "a", "b"),
