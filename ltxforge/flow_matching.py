@@ -2,7 +2,8 @@
 
 x = (1 − σ)·x0 + σ·ε, target ε − x0 (rectified flow, arXiv 2209.03003). Every draw comes from a CPU generator addressed
 by (seed, purpose, step, index of the sample within the whole step's batch), so it depends on nothing else. Sigma is
-drawn in float64 and handed on in float32; noising and loss are float32 whatever the model computes in.
+drawn in float64 and handed on in float32; noising and loss are float32 whatever the model computes in, and the op
+`flow_matching` of the kernels.
 
 Letters: B batch, T tokens, C latent channels.
 """
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
+from ltxforge_kernels import flow_matching as op
+from ltxforge_kernels.choice import EAGER, Kernels
 from torch import Tensor
 
 from ltxforge.plan import FlowPlan
@@ -100,26 +103,28 @@ def _sigmoid(x: float) -> float:
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """A batch ready for the model, float32.
+    """A batch ready for the model. Timesteps stay on the host, so that telling them apart waits for no device.
 
     Attributes:
-        tokens: [B, T, C], noised; conditioning tokens are clean.
-        timesteps: [B, 1], or [B, T] when some token is conditioning: σ·1000, and 0 at conditioning tokens.
-        velocity: [B, T, C], the target ε − x0.
+        tokens: [B, T, C], noised, in the model's dtype; conditioning tokens are clean.
+        timesteps: [B, 1], or [B, T] when some token is conditioning: σ·1000, and 0 at conditioning tokens. Float32.
+        latents: [B, T, C], x0, float32.
+        noise: [B, T, C], ε, float32.
         mask: [B, T], 1 where the loss counts and 0 at conditioning tokens.
         sigma: one σ per sample.
     """
 
     tokens: Tensor
     timesteps: Tensor
-    velocity: Tensor
+    latents: Tensor
+    noise: Tensor
     mask: Tensor
     sigma: tuple[float, ...]
 
     @property
     def sample_timesteps(self) -> Tensor:
         """[B] float32: σ·1000 of each sample, whatever its conditioning tokens have."""
-        return (torch.tensor(self.sigma, dtype=torch.float64) * 1000).to(torch.float32).to(self.timesteps.device)
+        return (torch.tensor(self.sigma, dtype=torch.float64) * 1000).to(torch.float32)
 
 
 def noise_for(shape: Sequence[int], seed: int, step: int, index: int, modality: str = "video") -> Tensor:
@@ -137,44 +142,55 @@ def noise_batch(
     first_index: int,
     modality: str = "video",
     sigma: Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
+    kernels: Kernels = EAGER,
 ) -> NoisyBatch:
     """Draw σ and ε for each sample and make the model's input and target.
 
     Args:
         latents: [B, T, C] clean latents x0, float32.
-        clean: [B, T] bool, the conditioning tokens that stay clean.
+        clean: [B, T] bool, the conditioning tokens that stay clean; on the host.
         first_index: index of the first sample within the whole step's batch.
         modality: whose draws these are, "video" or "audio".
         sigma: one σ per sample where it is not drawn here but shared with the other modality.
+        dtype: the model's; the latents' where not given.
     """
     batch, tokens, _ = latents.shape
     numbers = range(first_index, first_index + batch)
     if sigma is None:
         sigma = [sigma_at(flow, tokens, seed, step, number, modality) for number in numbers]
     noise = torch.stack([noise_for(latents.shape[1:], seed, step, number, modality) for number in numbers])
-    return mix(latents, noise.to(latents.device), sigma, clean)
+    return mix(latents, noise.to(latents.device), sigma, clean, dtype, kernels)
 
 
-def mix(latents: Tensor, noise: Tensor, sigma: Sequence[float], clean: Tensor) -> NoisyBatch:
+def mix(
+    latents: Tensor,
+    noise: Tensor,
+    sigma: Sequence[float],
+    clean: Tensor,
+    dtype: torch.dtype | None = None,
+    kernels: Kernels = EAGER,
+) -> NoisyBatch:
     """Noise latents with given draws; shapes as in `noise_batch`. Each σ and σ·1000 is rounded once, from float64."""
     drawn = torch.tensor(sigma, dtype=torch.float64)[:, None]
-    kept = clean.cpu()
-    per_token = drawn.expand(kept.shape).masked_fill(kept, 0.0)
-    timesteps = per_token if bool(kept.any()) else drawn
-    level = per_token.to(latents.dtype).to(latents.device)[..., None]
+    per_token = drawn.expand(clean.shape).masked_fill(clean, 0.0)
+    timesteps = per_token if bool(clean.any()) else drawn
+    level = per_token.to(latents.dtype).to(latents.device)
+    implementation = kernels.on("flow_matching", latents.shape)
     return NoisyBatch(
-        tokens=(1 - level) * latents + level * noise,
-        timesteps=(timesteps * 1000).to(torch.float32).to(latents.device),
-        velocity=noise - latents,
-        mask=(~clean).to(latents.dtype),
+        tokens=op.noise(latents, noise, level, dtype, implementation=implementation),
+        timesteps=(timesteps * 1000).to(torch.float32),
+        latents=latents,
+        noise=noise,
+        mask=(~clean).to(latents.dtype).to(latents.device),
         sigma=tuple(sigma),
     )
 
 
-def loss_by_sample(prediction: Tensor, batch: NoisyBatch) -> Tensor:
-    """[B]: mean over the unmasked tokens and all channels of (prediction − velocity)².
+def loss_by_sample(prediction: Tensor, batch: NoisyBatch, kernels: Kernels = EAGER) -> Tensor:
+    """[B]: mean over the unmasked tokens and all channels of (prediction − (ε − x0))².
 
     A sample whose tokens are all conditioning (a single latent frame that is kept clean) has loss 0.
     """
-    squared = (prediction.to(batch.velocity.dtype) - batch.velocity).square().mean(dim=-1)
-    return (squared * batch.mask).sum(dim=1) / batch.mask.sum(dim=1).clamp(min=1)
+    implementation = kernels.on("flow_matching", prediction.shape)
+    return op.velocity_loss(prediction, batch.latents, batch.noise, batch.mask, implementation=implementation)

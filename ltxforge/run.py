@@ -61,6 +61,7 @@ def run(parsed: Parsed, out: Path | None, screen: Screen) -> None:
             plan.model, torch_device(plan.device.kind), torch_dtype(plan.device.precision), vae_dtype=encoders,
             text_dtype=encoders, modalities=plan.training.modalities, text_cache=plan.cache.text,
         )  # fmt: skip
+        model.kernels = plan.kernels
         cache = Cache(Path(plan.cache.directory), emit)
         cache.sweep()
         data = settle_data(plan, model, cache, emit, stop)

@@ -54,8 +54,9 @@ def make_trainable(plan: Plan, model: VideoModel, emit: Emit) -> Optimizer:
     """Load the transformer, put a fresh adapter in and give its optimiser."""
     model.load_transformer()
     matched = match(plan.lora.targets, model.spec, plan.lora.modalities, plan.training.modalities)
-    report = inject(model.transformer, plan.lora, matched, plan.seed)
+    report = inject(model.transformer, plan.lora, matched, plan.seed, plan.kernels)
     emit(LoraInjected(dataclasses.asdict(report)))
+    model.kernels = plan.kernels
     model.set_checkpointing(plan.memory.checkpointing)
     model.transformer.train()
     return Optimizer(plan.optimizer, adapter_parameters(model.transformer))

@@ -155,18 +155,18 @@ def whole_step(losses: Sequence[Losses], count: int) -> StreamLoss:
 
 def forward(plan: Plan, model: VideoModel, batch: Batch, step: int, micro: int) -> Streams[Losses]:
     """One micro-batch's losses."""
-    drawn = draw(plan, batch, step, model.device)
+    drawn = draw(plan, batch, step, model)
     prompts = model.batch_prompts(batch.prompts, plan.conditioning.prompt_tokens, plan.training.modalities)
     present = Streams(audio=batch.present)
     inputs = {
-        name: NoisyTokens(each.tokens.to(model.dtype), each.timesteps, each.sample_timesteps, present[name])
+        name: NoisyTokens(each.tokens, each.timesteps, each.sample_timesteps, present[name])
         for name, each in drawn.items()
     }
     torch.manual_seed(address(plan.seed, "model", step, micro))  # for draws inside the model: dropout
     predicted = model.predict(Noisy(Streams(**inputs), batch.shape, batch.fps), prompts)
     losses = {}
     for name, each in drawn.items():
-        by_sample = flow_matching.loss_by_sample(predicted[name], each)
+        by_sample = flow_matching.loss_by_sample(predicted[name], each, model.kernels)
         losses[name] = of_those_present(by_sample, each.sigma, present[name])
     return Streams(**losses)
 
@@ -179,18 +179,16 @@ def of_those_present(by_sample: Tensor, sigma: tuple[float, ...], present: Tenso
     return Losses(by_sample[present.to(by_sample.device)], tuple(itertools.compress(sigma, kept)))
 
 
-def draw(plan: Plan, batch: Batch, step: int, device: torch.device) -> Streams[flow_matching.NoisyBatch]:
+def draw(plan: Plan, batch: Batch, step: int, model: VideoModel) -> Streams[flow_matching.NoisyBatch]:
     """Sigma and noise of each modality. The sound's sigma is its own, or the video's where the plan shares it."""
     video = audio = None
+    drawn_at, how = (plan.flow, plan.seed, step, batch.first_index), {"dtype": model.dtype, "kernels": model.kernels}
     if (latents := batch.latents.video) is not None:
-        tokens, clean = to_tokens(latents.to(device)), batch.clean.to(device)
-        video = flow_matching.noise_batch(tokens, clean, plan.flow, plan.seed, step, batch.first_index)
+        video = flow_matching.noise_batch(to_tokens(latents.to(model.device)), batch.clean, *drawn_at, **how)
     if (sound := batch.latents.audio) is not None:
         shared = video.sigma if video and plan.audio and plan.audio.sigma == "shared" else None
-        clean = torch.zeros(sound.shape[:2], dtype=torch.bool, device=device)
-        audio = flow_matching.noise_batch(
-            sound.to(device), clean, plan.flow, plan.seed, step, batch.first_index, "audio", shared
-        )
+        clean = torch.zeros(sound.shape[:2], dtype=torch.bool)
+        audio = flow_matching.noise_batch(sound.to(model.device), clean, *drawn_at, "audio", shared, **how)
     return Streams(video, audio)
 
 

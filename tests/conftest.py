@@ -102,3 +102,44 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("counts")
         for text in sorted(counts):
             terminalreporter.write_line(text)
+
+
+@pytest.fixture
+def stock_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' norms and rotations, which compute in float32 whatever comes in, keep float64 where that comes in.
+
+    What it does in float32 stays its own.
+    """
+    import torch
+    from diffusers.models import normalization
+    from diffusers.models.transformers import transformer_ltx, transformer_ltx2
+
+    def norm(module: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.dtype != torch.float64:
+            return stock_norm(module, hidden)
+        assert module.weight is None
+        return torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], eps=module.eps)
+
+    def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dim: int) -> torch.Tensor:
+        """Numbers along `dim` of size 2 as complex ones, turned by cos + i·sin."""
+        return torch.stack(torch.view_as_real(torch.complex(*x.unbind(dim)) * torch.complex(cos, sin)).unbind(-1), dim)
+
+    def interleaved(x: torch.Tensor, freqs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        if x.dtype != torch.float64:
+            return stock_interleaved(x, freqs)
+        cos, sin = (table.double()[..., ::2] for table in freqs)
+        return turned(x.unflatten(2, (-1, 2)), cos, sin, -1).flatten(2)
+
+    def split(x: torch.Tensor, freqs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        if x.dtype != torch.float64:
+            return stock_split(x, freqs)
+        cos, sin = (table.double().transpose(1, 2) for table in freqs)
+        return turned(x.unflatten(2, (cos.shape[2], 2, -1)), cos, sin, 3).flatten(2)
+
+    stock_norm = normalization.RMSNorm.forward
+    stock_interleaved = transformer_ltx.apply_rotary_emb
+    stock_split = transformer_ltx2.apply_split_rotary_emb
+    monkeypatch.setattr(normalization.RMSNorm, "forward", norm)
+    monkeypatch.setattr(transformer_ltx, "apply_rotary_emb", interleaved)
+    monkeypatch.setattr(transformer_ltx2, "apply_interleaved_rotary_emb", interleaved)
+    monkeypatch.setattr(transformer_ltx2, "apply_split_rotary_emb", split)

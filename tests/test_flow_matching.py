@@ -82,7 +82,7 @@ def test_a_batch_is_its_samples_put_together():
     for row in range(3):
         part = fm.noise_batch(latents[row : row + 1], clean[row : row + 1], STRETCHED, 5, 9, row)
         assert torch.equal(whole.tokens[row], part.tokens[0])
-        assert torch.equal(whole.velocity[row], part.velocity[0])
+        assert torch.equal(whole.noise[row], part.noise[0])
         assert whole.sigma[row] == part.sigma[0]
 
 
@@ -100,7 +100,7 @@ def test_a_shared_sigma_is_taken_as_it_is():
     own = fm.noise_batch(latents, clean, STRETCHED, 5, 9, 0, "audio")
     assert shared.sigma == (0.25, 0.5) != own.sigma
     assert shared.timesteps.flatten().tolist() == shared.sample_timesteps.tolist() == [250.0, 500.0]
-    assert torch.equal(shared.velocity, own.velocity)
+    assert torch.equal(shared.noise, own.noise)
 
 
 def test_a_sample_keeps_its_own_timestep_beside_clean_tokens():

@@ -25,6 +25,8 @@ from ltxforge.plan import ConditioningPlan, Plan
 from ltxforge.shapes import LatentShape
 from ltxforge.specs import TINY
 
+pytestmark = pytest.mark.usefixtures("stock_in_float64")
+
 CPU = torch.device("cpu")
 WIRINGS = [
     "tiny/ltx-video-0.9.0",

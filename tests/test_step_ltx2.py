@@ -32,6 +32,8 @@ from ltxforge.signals import StopRequest
 from ltxforge.specs import TINY
 from ltxforge.trainer import StepLoss
 
+pytestmark = pytest.mark.usefixtures("stock_in_float64")
+
 CPU = torch.device("cpu")
 WIRINGS = ["tiny/ltx2", "tiny/ltx2.3", "tiny/ltx2.5"]
 SHAPE = LatentShape(3, 2, 3)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from ltxforge_kernels.choice import EAGER, Kernels
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class LoraReport:
     unread: dict[str, str]
 
 
-def inject(transformer: nn.Module, plan: LoraPlan, matched: Match, seed: int) -> LoraReport:
+def inject(transformer: nn.Module, plan: LoraPlan, matched: Match, seed: int, kernels: Kernels = EAGER) -> LoraReport:
     """Freeze every parameter, wrap the matched layers, initialise A and B in float32 (B = 0)."""
     transformer.requires_grad_(False)
     config = LoraConfig(
@@ -54,6 +55,7 @@ def inject(transformer: nn.Module, plan: LoraPlan, matched: Match, seed: int) ->
     assert wrapped.keys() == matched.layers.keys(), "PEFT wrapped other layers than the plan matched"
     for name, module in wrapped.items():
         _initialise(module, name, seed)
+        module.compute_with(kernels)
     parameters = sum(parameter.numel() for parameter in adapter_parameters(transformer).values())
     return LoraReport(
         layers=len(wrapped),

@@ -1,29 +1,88 @@
 """A linear layer with a LoRA branch: y = W·x + b + s·B·(A·dropout(x)). (LoRA: arXiv 2106.09685.)
 
-PEFT owns A, B, their names, the scale s, on and off; this class decides only how the product is computed. A and B are
+PEFT owns A, B, their names, the scale s, on and off; how the product is computed is the op `lora_linear`. A and B are
 float32 masters, cast to the activations' dtype at use, so that small updates are not lost in bf16.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from ltxforge_kernels.choice import EAGER, Kernels
+from ltxforge_kernels.lora_linear import augment, draw_kept, lora_linear, refresh
 from peft.tuners import lora
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LoraLinear(lora.Linear):
-    """PEFT's LoRA linear with an explicit precision rule. Plain LoRA, one active adapter, nothing merged."""
+    """PEFT's LoRA linear with an explicit precision rule. Plain LoRA, one active adapter, nothing merged.
 
-    def forward(self, x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        """x: [..., in_features] → [..., out_features], in x's dtype. Disabled, it is the base layer alone."""
-        result = self.base_layer(x)
-        if self.disable_adapters:
-            return result
-        for adapter in self.active_adapters:
-            if adapter in self.lora_A:
-                a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-                branch = torch.nn.functional.linear(self.lora_dropout[adapter](x), a.to(x.dtype))
-                result = result + torch.nn.functional.linear(branch, b.to(x.dtype)) * self.scaling[adapter]
-        return result
+    `augmented` [N, K + tail] holds W with a rounded copy of B behind it, where our kernels compute a 16-bit layer: then
+    the weight is a view of it, so that both are one matrix product. Derived: never saved, and as new as B at each use.
+    """
+
+    kernels: Kernels = EAGER
+    augmented: Tensor | None = None
+    _copied: tuple[int, int] | None = None
+
+    def compute_with(self, kernels: Kernels) -> None:
+        """Take the run's choice, and store W as that wants it. Once, before the layer is first used."""
+        self.kernels = kernels
+        weight, (b,) = self.base_layer.weight, [each.weight for each in self.lora_B.values()]
+        if kernels.of("lora_linear") == "triton" and weight.dtype in (torch.bfloat16, torch.float16):
+            self._store(augment(weight, b.shape[1]))
+
+    def forward(self, x: Tensor, *_args: Any, activation: str = "none", **_kwargs: Any) -> Tensor:
+        """x: [..., in_features] → [..., out_features], in x's dtype. Disabled, it is the base layer alone.
+
+        Args:
+            activation: "gelu" where x is what goes into a GELU (tanh) whose result is this layer's input.
+        """
+        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        if not active:
+            return self.base_layer(F.gelu(x, approximate="tanh") if activation == "gelu" else x)
+        (adapter,) = active
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        kept, keep = self._kept(x, adapter)
+        return lora_linear(
+            x,
+            self.base_layer.weight,
+            self.base_layer.bias,
+            a,
+            b,
+            self.scaling[adapter],
+            kept,
+            keep,
+            activation,
+            self._augmented(b),
+            implementation=self.kernels.on("lora_linear", x.shape),
+        )
+
+    def _kept(self, x: Tensor, adapter: str) -> tuple[Tensor | None, float]:
+        """What dropout leaves of x and the probability of that; None where it leaves all."""
+        dropout = getattr(self.lora_dropout[adapter], "p", 0.0)
+        return (draw_kept(x, 1 - dropout), 1 - dropout) if self.training and dropout else (None, 1.0)
+
+    def _augmented(self, b: Tensor) -> Tensor | None:
+        """W with B as it is now. Between a forward and its backward B does not change, so neither does this."""
+        if self.augmented is not None and self._copied != (id(b), b._version):
+            refresh(self.augmented, b)
+            self._copied = (id(b), b._version)
+        return self.augmented
+
+    def _store(self, augmented: Tensor) -> None:
+        self.augmented, self._copied = augmented, None
+        self.base_layer.weight = nn.Parameter(augmented[:, : self.in_features], requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLinear:
+        """Moves W and what is behind it together, so that neither is there twice."""
+        augmented = self.augmented
+        if augmented is None:
+            return super()._apply(fn, recurse)
+        self.base_layer.weight = nn.Parameter(augmented.new_empty(0), requires_grad=False)
+        super()._apply(fn, recurse)
+        self._store(fn(augmented))
+        return self

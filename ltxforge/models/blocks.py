@@ -1,7 +1,8 @@
-"""What the transformer blocks of both families are made of: attention, rotation, modulation, checkpointing.
+"""What the transformer blocks of both families are made of: attention, modulation, residuals, checkpointing.
 
-Functions over tensors and diffusers' leaf modules; the order of operations is diffusers', so that the bits agree. Knows
-no family and no version: gates, rope layouts and the number of modulation rows are read off modules and tensors.
+Functions over tensors and diffusers' leaf modules, carried out by the ops of `ltxforge_kernels` as the plan chose them;
+in float32 the eager ones have diffusers' order of operations, so that the bits agree. Knows no family and no version:
+gates, rope layouts and the number of modulation rows are read off modules and tensors.
 """
 
 from __future__ import annotations
@@ -13,43 +14,108 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from ltxforge_kernels.adaln_rms_norm import adaln_rms_norm
+from ltxforge_kernels.choice import Kernels
+from ltxforge_kernels.gated_residual import gated_residual, gated_residual_norm
+from ltxforge_kernels.gelu import gelu
+from ltxforge_kernels.qk_norm_rope import Rope, qk_norm_rope
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Rope = tuple[Tensor, Tensor]
+from ltxforge.lora.linear import LoraLinear
+
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """The time embedding of N distinct timesteps: `values` [N, K, D], K rows of shifts, scales and gates.
+    """The time embedding of U distinct timesteps: `values` [U, K, D], K rows of shifts, scales and gates.
 
-    `index` [B, T] says which of the N a token has; None means one per sample, N = B.
+    `index` [B, T] says which of the U a token has; None means one per sample, U = B.
     """
 
     values: Tensor
     index: Tensor | None
 
-    def rows(self, table: Tensor, start: int = 0, stop: int | None = None) -> list[Tensor]:
-        """Rows start to stop of a learned table [K, D] plus the embedding; each broadcasts against [B, T, D].
+    def table(self, learned: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """[U, K, D]: rows start to stop of a learned table [K, D] plus the embedding.
 
         `values` of one row (K = 1) are added to every row of the table.
         """
         values = self.values if self.values.shape[1] == 1 else self.values[:, start:stop]
-        return [self.spread(row) for row in (table[start:stop][None] + values).unbind(dim=1)]
+        return learned[start:stop][None] + values
 
-    def spread(self, row: Tensor) -> Tensor:
-        """[N, D] → something that broadcasts against [B, T, D]."""
-        return row[:, None] if self.index is None else row[self.index]
+    def rows(self, learned: Tensor) -> list[Tensor]:
+        """Each row of the table as something that broadcasts against [B, T, D]."""
+        return [row[:, None] if self.index is None else row[self.index] for row in self.table(learned).unbind(dim=1)]
 
 
-def distinct_timesteps(timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The timesteps to embed, [N], and each token's number among them, [B, T], or None for one per sample.
+@dataclass(frozen=True)
+class Shift:
+    """How a norm's result is moved: y·(1 + row `scale`) + row `shift` of a table [U, K, D]; see `Modulation`."""
+
+    table: Tensor
+    index: Tensor | None
+    shift: int
+    scale: int
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a branch is multiplied with before it is added: row `gate` of a table [U, K, D]; see `Modulation`."""
+
+    table: Tensor
+    index: Tensor | None
+    gate: int
+
+
+def distinct_timesteps(timesteps: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The timesteps to embed, [U], and each token's number among them, [B, T] int32, or None for one per sample.
 
     With first-frame conditioning a sample has T timesteps of two values; embedding them per token would cost K·T·D.
+    Timesteps that lie on the host are told apart there, so that nothing waits for the device.
     """
     assert timesteps.dtype == torch.float32, f"timesteps must be float32, not {timesteps.dtype}"
-    return (timesteps[:, 0], None) if timesteps.shape[1] == 1 else timesteps.unique(return_inverse=True)
+    if timesteps.shape[1] == 1:
+        return timesteps[:, 0].to(device), None
+    distinct, index = timesteps.unique(return_inverse=True)
+    return distinct.to(device), index.to(device, torch.int32)
+
+
+def norm(module: nn.Module, hidden: Tensor, moved: Shift | None, kernels: Kernels) -> Tensor:
+    """A block's RMSNorm of [B, T, D], moved by the modulation where there is one."""
+    implementation = kernels.on("adaln_rms_norm", hidden.shape)
+    return adaln_rms_norm(hidden, *_shift(moved), eps_of(module), implementation=implementation)
+
+
+def add(hidden: Tensor, branch: Tensor, gate: Gate | None, kernels: Kernels) -> Tensor:
+    """The residual stream [B, T, D] with a branch added, gated where it is."""
+    implementation = kernels.on("gated_residual", hidden.shape)
+    return gated_residual(hidden, branch, *_gate(gate), implementation=implementation)
+
+
+def add_and_norm(
+    hidden: Tensor, branch: Tensor, gate: Gate | None, module: nn.Module, moved: Shift | None, kernels: Kernels
+) -> tuple[Tensor, Tensor]:
+    """`add`, and `norm` of its result, in one pass."""
+    implementation = kernels.on("gated_residual", hidden.shape)
+    return gated_residual_norm(
+        hidden, branch, *_gate(gate), *_shift(moved), eps_of(module), implementation=implementation
+    )
+
+
+def eps_of(module: nn.Module) -> float:
+    """The eps of a block's norm, which has no weight in any LTX model."""
+    assert module.weight is None, "norms of LTX blocks have no weight"
+    return module.eps
+
+
+def _shift(moved: Shift | None) -> tuple[Tensor | None, Tensor | None, int | None, int | None]:
+    return (None,) * 4 if moved is None else (moved.table, moved.index, moved.shift, moved.scale)
+
+
+def _gate(gate: Gate | None) -> tuple[Tensor | None, Tensor | None, int | None]:
+    return (None,) * 3 if gate is None else (gate.table, gate.index, gate.gate)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,6 +128,7 @@ def attention_forward(
     attn: nn.Module,
     hidden: Tensor,
     context: Tensor,
+    kernels: Kernels,
     rope: Rope | None = None,
     bias: Tensor | None = None,
     context_rope: Rope | None = None,
@@ -72,43 +139,38 @@ def attention_forward(
         attn: diffusers' attention module; with `to_gate_logits` each head's result is scaled by 2·sigmoid(logit).
         hidden: the queries' side, [B, T, D].
         context: the keys' and values' side, [B, P, E].
-        rope: for the queries, or None for no rotation.
+        rope: for the queries, or None for no rotation (arXiv 2104.09864).
         bias: what is added to the scores, [B, 1, 1, P], or None.
         context_rope: for the keys, where they are not the queries' own tokens.
     """
-    query, key, value = attn.to_q(hidden), attn.to_k(context), attn.to_v(context)
-    query, key = attn.norm_q(query), attn.norm_k(key)
-    if rope is not None:
-        query, key = rotate(query, rope), rotate(key, rope if context_rope is None else context_rope)
-    query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, value))
+    query, key = qk_norm_rope(
+        attn.to_q(hidden),
+        attn.to_k(context),
+        attn.norm_q.weight,
+        attn.norm_k.weight,
+        rope,
+        rope if context_rope is None else context_rope,
+        attn.heads,
+        attn.norm_q.eps,
+        implementation=kernels.on("qk_norm_rope", hidden.shape),
+    )
+    query, key, value = (tensor.unflatten(2, (attn.heads, -1)) for tensor in (query, key, attn.to_v(context)))
     mixed = attend(query, key, value, bias).to(query.dtype)
     if (gate_logits := getattr(attn, "to_gate_logits", None)) is not None:
         mixed = mixed * (2.0 * torch.sigmoid(gate_logits(hidden))).unsqueeze(-1)
     return attn.to_out[1](attn.to_out[0](mixed.flatten(2, 3)))
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotary position embedding of [B, T, D], in float32 (RoFormer, arXiv:2104.09864).
+def feed_forward(ff: nn.Module, hidden: Tensor, kernels: Kernels) -> Tensor:
+    """A block's feed-forward, [B, T, D] → [B, T, D]: two linears around GELU (tanh).
 
-    Tables [1, T, D] turn neighbouring numbers, tables [1, H, T, K/2] the two halves of each head.
+    Where the second one has a LoRA, whose gradient needs GELU's result, that is computed again from what goes in.
     """
-    return rotate_halves(x, rope) if rope[0].ndim == 4 else rotate_neighbours(x, rope)
-
-
-def rotate_neighbours(x: Tensor, rope: Rope) -> Tensor:
-    """Turn the pairs (0, 1), (2, 3), … of [B, T, D]; cos and sin are [1, T, D]."""
-    cos, sin = rope
-    real, imaginary = x.unflatten(2, (-1, 2)).unbind(-1)
-    turned = torch.stack([-imaginary, real], dim=-1).flatten(2)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype)
-
-
-def rotate_halves(x: Tensor, rope: Rope) -> Tensor:
-    """Turn number k of each head's first half with number k of its second; cos and sin are [1, H, T, K/2]."""
-    cos, sin = (table.transpose(1, 2) for table in rope)  # [1, T, H, K/2]
-    first, second = x.unflatten(2, (cos.shape[2], 2, -1)).float().unbind(3)
-    turned = [torch.addcmul(first * cos, -sin, second), torch.addcmul(second * cos, sin, first)]
-    return torch.stack(turned, dim=3).flatten(2).to(x.dtype)
+    first, dropout, second = ff.net
+    before = first.proj(hidden)
+    if isinstance(second, LoraLinear):
+        return second(before, activation="gelu")
+    return second(dropout(gelu(before, implementation=kernels.on("gelu", before.shape))))
 
 
 def prompt_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

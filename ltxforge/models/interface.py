@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from ltxforge_kernels.choice import Kernels
 from PIL import Image
 from torch import Tensor, nn
 
@@ -116,7 +117,8 @@ def from_tokens(tokens: Tensor, shape: LatentShape) -> Tensor:
 class VideoModel(Protocol):
     """A base model. Encoders load on demand and are freed; training touches `predict` and `blocks` alone.
 
-    `modalities` says what it computes: "video", "audio" or "both"; what is left out costs nothing.
+    `modalities` says what it computes: "video", "audio" or "both"; what is left out costs nothing. `kernels` says how
+    each op is carried out, eager until a run's choices are set.
     """
 
     spec: ModelSpec
@@ -126,6 +128,7 @@ class VideoModel(Protocol):
     vae_dtype: torch.dtype
     text_dtype: torch.dtype
     modalities: str
+    kernels: Kernels
 
     @property
     def transformer(self) -> nn.Module:

@@ -16,15 +16,22 @@ from typing import Any
 
 import torch
 from diffusers import LTX2VideoTransformer3DModel
+from ltxforge_kernels.choice import EAGER, Kernels
+from ltxforge_kernels.qk_norm_rope.rope import Rope, compact
 from torch import Tensor, nn
 
 from ltxforge.modalities import Streams
+from ltxforge.models import blocks
 from ltxforge.models.blocks import (
+    Gate,
     Modulation,
-    Rope,
+    Shift,
+    add,
+    add_and_norm,
     attention_forward,
     checkpointed,
     distinct_timesteps,
+    norm,
     prompt_bias,
 )
 from ltxforge.shapes import LatentShape
@@ -35,15 +42,15 @@ class Modality:
     """What diffusers calls a modality's modules and parameters.
 
     The modules of one modality have the same names but for `prefix`. Cross attention, in which this modality asks and
-    the other one answers, has names of its own; `cross_rows` is where its scale and shift stand in both modalities'
-    tables.
+    the other one answers, has names of its own; `cross_row` is where its scale stands in both modalities' tables, its
+    shift below it.
     """
 
     prefix: str
     cross_norm: str
     cross_attn: str
     cross_table: str
-    cross_rows: tuple[int, int]
+    cross_row: int
     cross_embed: str
     gate_embed: str
 
@@ -57,7 +64,7 @@ VIDEO = Modality(
     cross_norm="audio_to_video_norm",
     cross_attn="audio_to_video_attn",
     cross_table="video_a2v_cross_attn_scale_shift_table",
-    cross_rows=(0, 2),
+    cross_row=0,
     cross_embed="av_cross_attn_video_scale_shift",
     gate_embed="av_cross_attn_video_a2v_gate",
 )
@@ -66,7 +73,7 @@ AUDIO = Modality(
     cross_norm="video_to_audio_norm",
     cross_attn="video_to_audio_attn",
     cross_table="audio_a2v_cross_attn_scale_shift_table",
-    cross_rows=(2, 4),
+    cross_row=2,
     cross_embed="av_cross_attn_audio_scale_shift",
     gate_embed="av_cross_attn_audio_v2a_gate",
 )
@@ -79,12 +86,12 @@ class Stream:
     """One modality's input.
 
     `tokens` [B, T, C] in the transformer's dtype. `timesteps` [B, 1] (one per sample) or [B, T] (one per token) and
-    `sample_timesteps` [B], both float32, sigma · 1000 and never rounded: the latter is the sample's noise level
-    whatever its clean tokens' timesteps are. `prompts` [B, P, E], this modality's half of the connectors' output;
-    `prompt_mask` [B, P], 1 real and 0 padding, or None where every position is real, as after registers. `rope` and
-    `cross_rope` from `video_ropes` or `audio_ropes`. `present` [B], 1 where the sample has this modality and 0 where
-    its tokens only fill the batch, or None where all have it: the other modality of a sample without it comes out as
-    if it were alone.
+    `sample_timesteps` [B], both float32, sigma · 1000 and never rounded, best on the host: the latter is the sample's
+    noise level whatever its clean tokens' timesteps are. `prompts` [B, P, E], this modality's half of the connectors'
+    output; `prompt_mask` [B, P], 1 real and 0 padding, or None where every position is real, as after registers. `rope`
+    and `cross_rope` from `video_ropes` or `audio_ropes`. `present` [B], 1 where the sample has this modality and 0
+    where its tokens only fill the batch, or None where all have it: the other modality of a sample without it comes out
+    as if it were alone.
     """
 
     tokens: Tensor
@@ -125,10 +132,14 @@ class Given:
     prompt_rows: Modulation
     bias: Tensor | None
     cross: Cross | None
+    kernels: Kernels
 
 
 def transformer_forward(
-    transformer: LTX2VideoTransformer3DModel, streams: Streams[Stream], checkpoint_every: int = 0
+    transformer: LTX2VideoTransformer3DModel,
+    streams: Streams[Stream],
+    checkpoint_every: int = 0,
+    kernels: Kernels = EAGER,
 ) -> Streams[Tensor]:
     """The velocities [B, T, C] of the modalities that take part.
 
@@ -138,13 +149,14 @@ def transformer_forward(
         transformer: diffusers' module; only its parameters and leaf modules are used.
         streams: video, audio or both; with both, of equal B.
         checkpoint_every: recompute every n-th block in the backward pass; 0 is off.
+        kernels: which implementation each op has.
     """
     present = {BY_NAME[name]: stream for name, stream in streams.items()}
     assert present, "at least one modality must take part"
     hidden = {modality: modality.of(transformer, "proj_in")(stream.tokens) for modality, stream in present.items()}
     given, output_rows = {}, {}
     for modality in present:
-        given[modality], output_rows[modality] = prepare(transformer, modality, present)
+        given[modality], output_rows[modality] = prepare(transformer, modality, present, kernels)
     for number, block in enumerate(transformer.transformer_blocks):
         hidden = checkpointed(partial(block_forward, block), number, checkpoint_every)(hidden, given)
     velocities = {m: output_forward(transformer, m, hidden[m], output_rows[m]) for m in present}
@@ -152,18 +164,21 @@ def transformer_forward(
 
 
 def prepare(
-    transformer: LTX2VideoTransformer3DModel, modality: Modality, present: Mapping[Modality, Stream]
+    transformer: LTX2VideoTransformer3DModel,
+    modality: Modality,
+    present: Mapping[Modality, Stream],
+    kernels: Kernels,
 ) -> tuple[Given, Modulation]:
     """What all blocks share of one modality, and the output's modulation, one row."""
     stream = present[modality]
     dtype, count = stream.tokens.dtype, len(stream.tokens)
-    distinct, index = distinct_timesteps(stream.timesteps)
+    distinct, index = distinct_timesteps(stream.timesteps, stream.tokens.device)
     block, output = embed(modality.of(transformer, "time_embed"), distinct, dtype)
     prompt, prompt_rows = stream.prompts, stream.prompts.new_zeros(1, 1, 1)
     if (projection := modality.of(transformer, "caption_projection")) is not None:
         prompt = projection(prompt)
     if (prompt_embed := modality.of(transformer, "prompt_adaln")) is not None:
-        prompt_rows = embed(prompt_embed, stream.sample_timesteps, dtype)[0]
+        prompt_rows = embed(prompt_embed, stream.sample_timesteps.to(stream.tokens.device), dtype)[0]
     assert prompt.shape[0] == count and stream.sample_timesteps.shape == (count,)
     given = Given(
         own=Modulation(block, index),
@@ -171,15 +186,20 @@ def prepare(
         prompt=prompt,
         prompt_rows=Modulation(prompt_rows, None),
         bias=None if stream.prompt_mask is None else prompt_bias(stream.prompt_mask, dtype),
-        cross=prepare_cross(transformer, modality, present),
+        cross=prepare_cross(transformer, modality, present, distinct, index),
+        kernels=kernels,
     )
     return given, Modulation(output[:, None], index)
 
 
 def prepare_cross(
-    transformer: LTX2VideoTransformer3DModel, modality: Modality, present: Mapping[Modality, Stream]
+    transformer: LTX2VideoTransformer3DModel,
+    modality: Modality,
+    present: Mapping[Modality, Stream],
+    distinct: Tensor,
+    index: Tensor | None,
 ) -> Cross | None:
-    """The modality's side of cross attention, or None where it is alone.
+    """The modality's side of cross attention, or None where it is alone; timesteps as from `distinct_timesteps`.
 
     Scale and shift follow the modality's own timesteps, per token where they are, and the gate follows the other
     modality's noise level: the official trainer's rule. diffusers offers own and own (`use_cross_timestep=False`) or
@@ -190,10 +210,10 @@ def prepare_cross(
     if other is None:
         return None
     dtype, config = stream.tokens.dtype, transformer.config
-    distinct, index = distinct_timesteps(stream.timesteps)
     own, _ = embed(getattr(transformer, modality.cross_embed), distinct, dtype)
     ratio = config.cross_attn_timestep_scale_multiplier / config.timestep_scale_multiplier
-    gate, _ = embed(getattr(transformer, modality.gate_embed), other.sample_timesteps * ratio, dtype)
+    level = other.sample_timesteps.to(stream.tokens.device)
+    gate, _ = embed(getattr(transformer, modality.gate_embed), level * ratio, dtype)
     return Cross(
         own=Modulation(own, index),
         gate=Modulation(gate, None),
@@ -209,70 +229,93 @@ def embed(module: nn.Module, timesteps: Tensor, dtype: torch.dtype) -> tuple[Ten
     return rows.unflatten(-1, (-1, embedded.shape[-1])), embedded
 
 
+@dataclass(frozen=True)
+class Branch:
+    """What a part of a block adds to the residual stream: `value` [B, T, D], gated or not."""
+
+    value: Tensor
+    gate: Gate | None
+
+
 def block_forward(
-    block: nn.Module, hidden: dict[Modality, Tensor], given: Mapping[Modality, Given]
+    block: nn.Module, hidden: Mapping[Modality, Tensor], given: Mapping[Modality, Given]
 ) -> dict[Modality, Tensor]:
-    """One transformer block: self attention, prompt attention, each other, feed-forward. `hidden` is [B, T, D] each."""
-    for part in (self_attention, prompt_attention):
-        hidden = {modality: part(block, modality, tokens, given[modality]) for modality, tokens in hidden.items()}
+    """One transformer block: self attention, prompt attention, each other, feed-forward. `hidden` is [B, T, D] each.
+
+    A part's branch is added by the part that follows, in one pass with its norm.
+    """
+    attended = {m: self_attention(block, m, tokens, given[m]) for m, tokens in hidden.items()}
+    streams = {m: tokens for m, (tokens, _) in attended.items()}
+    branches = {m: prompt_attention(block, m, query, given[m]) for m, (_, query) in attended.items()}
     if len(hidden) == 2:
-        hidden = cross_attention(block, hidden, given)
-    return {modality: feed_forward(block, modality, tokens, given[modality]) for modality, tokens in hidden.items()}
+        streams, branches = cross_attention(block, streams, branches, given)
+    return {m: feed_forward(block, m, tokens, branches[m], given[m]) for m, tokens in streams.items()}
 
 
-def self_attention(block: nn.Module, modality: Modality, hidden: Tensor, given: Given) -> Tensor:
-    """The modality attends to itself, between rows 0 to 2 of its modulation."""
-    shift, scale, gate = given.own.rows(modality.of(block, "scale_shift_table"), 0, 3)
-    normed = modality.of(block, "norm1")(hidden) * (1 + scale) + shift
-    return hidden + attention_forward(modality.of(block, "attn1"), normed, normed, given.rope) * gate
+def self_attention(block: nn.Module, modality: Modality, hidden: Tensor, given: Given) -> tuple[Tensor, Tensor]:
+    """The modality attends to itself, between rows 0 to 2 of its modulation.
+
+    Gives the stream, and it normed as the queries of `prompt_attention`, which 2.3 and 2.5 modulate by rows 6 and 7.
+    """
+    table, index, kernels = given.own.table(modality.of(block, "scale_shift_table")), given.own.index, given.kernels
+    normed = norm(modality.of(block, "norm1"), hidden, Shift(table, index, 0, 1), kernels)
+    attended = attention_forward(modality.of(block, "attn1"), normed, normed, kernels, given.rope)
+    queries = Shift(table, index, 6, 7) if table.shape[1] > 6 else None
+    return add_and_norm(hidden, attended, Gate(table, index, 2), modality.of(block, "norm2"), queries, kernels)
 
 
-def prompt_attention(block: nn.Module, modality: Modality, hidden: Tensor, given: Given) -> Tensor:
-    """The modality attends to its prompt; 2.3 and 2.5 modulate both sides, the modality's with rows 6 to 8."""
+def prompt_attention(block: nn.Module, modality: Modality, query: Tensor, given: Given) -> Branch:
+    """The modality attends to its prompt; 2.3 and 2.5 modulate the prompt and gate the result by row 8."""
     table, prompt_table = modality.of(block, "scale_shift_table"), modality.of(block, "prompt_scale_shift_table")
-    query_rows = given.own.rows(table, 6) if len(table) > 6 else None
-    query, context = modality.of(block, "norm2")(hidden), given.prompt
-    if query_rows is not None:
-        query = query * (1 + query_rows[1]) + query_rows[0]
+    context = given.prompt
     if prompt_table is not None:
         shift, scale = given.prompt_rows.rows(prompt_table)
         context = context * (1 + scale) + shift
-    mixed = attention_forward(modality.of(block, "attn2"), query, context, bias=given.bias)
-    return hidden + (mixed if query_rows is None else mixed * query_rows[2])
+    attended = attention_forward(modality.of(block, "attn2"), query, context, given.kernels, bias=given.bias)
+    return Branch(attended, Gate(given.own.table(table), given.own.index, 8) if len(table) > 6 else None)
 
 
 def cross_attention(
-    block: nn.Module, hidden: Mapping[Modality, Tensor], given: Mapping[Modality, Given]
-) -> dict[Modality, Tensor]:
+    block: nn.Module,
+    hidden: Mapping[Modality, Tensor],
+    branches: Mapping[Modality, Branch],
+    given: Mapping[Modality, Given],
+) -> tuple[dict[Modality, Tensor], dict[Modality, Branch]]:
     """Video attends to audio and audio to video, both to what the other was before."""
     cross = {modality: each.cross for modality, each in given.items() if each.cross is not None}
-    normed = {modality: getattr(block, modality.cross_norm)(tokens) for modality, tokens in hidden.items()}
-
-    def side(modality: Modality, rows: tuple[int, int]) -> Tensor:
-        scale, shift = cross[modality].own.rows(getattr(block, modality.cross_table), *rows)
-        return normed[modality] * (1 + scale) + shift
-
-    changed = {}
+    streams, queries, contexts = {}, {}, {}
     for modality, other in ((VIDEO, AUDIO), (AUDIO, VIDEO)):
-        mixed = attention_forward(
+        own, kernels = cross[modality].own, given[modality].kernels
+        table, module = own.table(getattr(block, modality.cross_table), 0, 4), getattr(block, modality.cross_norm)
+        asks, answers = (Shift(table, own.index, row + 1, row) for row in (modality.cross_row, other.cross_row))
+        branch = branches[modality]
+        streams[modality], queries[modality] = add_and_norm(
+            hidden[modality], branch.value, branch.gate, module, asks, kernels
+        )
+        contexts[modality] = norm(module, streams[modality], answers, kernels)
+    added = {}
+    for modality, other in ((VIDEO, AUDIO), (AUDIO, VIDEO)):
+        attended = attention_forward(
             getattr(block, modality.cross_attn),
-            side(modality, modality.cross_rows),
-            side(other, modality.cross_rows),
+            queries[modality],
+            contexts[other],
+            given[modality].kernels,
             cross[modality].rope,
             context_rope=cross[other].rope,
         )
-        (gate,) = cross[modality].gate.rows(getattr(block, modality.cross_table), CROSS_GATE_ROW)
+        gate = cross[modality].gate.table(getattr(block, modality.cross_table), CROSS_GATE_ROW)
         if (present := cross[modality].other_present) is not None:
             gate = gate * present
-        changed[modality] = hidden[modality] + gate * mixed
-    return changed
+        added[modality] = Branch(attended, Gate(gate, None, 0))
+    return streams, added
 
 
-def feed_forward(block: nn.Module, modality: Modality, hidden: Tensor, given: Given) -> Tensor:
-    """The modality's feed-forward, between rows 3 to 5 of its modulation."""
-    shift, scale, gate = given.own.rows(modality.of(block, "scale_shift_table"), 3, 6)
-    normed = modality.of(block, "norm3")(hidden) * (1 + scale) + shift
-    return hidden + modality.of(block, "ff")(normed) * gate
+def feed_forward(block: nn.Module, modality: Modality, hidden: Tensor, branch: Branch, given: Given) -> Tensor:
+    """The modality's feed-forward, between rows 3 to 5 of its modulation, after what is yet to be added."""
+    table, index, kernels = given.own.table(modality.of(block, "scale_shift_table")), given.own.index, given.kernels
+    moved = Shift(table, index, 3, 4)
+    hidden, normed = add_and_norm(hidden, branch.value, branch.gate, modality.of(block, "norm3"), moved, kernels)
+    return add(hidden, blocks.feed_forward(modality.of(block, "ff"), normed, kernels), Gate(table, index, 5), kernels)
 
 
 def output_forward(
@@ -287,19 +330,22 @@ def output_forward(
 def video_ropes(
     transformer: LTX2VideoTransformer3DModel, shape: LatentShape, fps: float, device: torch.device
 ) -> tuple[Rope, Rope]:
-    """cos and sin, float32, for self attention and for cross attention, which knows time alone.
+    """The rotations of self attention and of cross attention, which knows time alone, from float32 tables.
 
     A token sits in the middle of what it covers: pixels in space, and in time seconds of the causal VAE's frames (the
-    first latent frame holds one frame, every other eight). Split tables are [1, H, T, K/2], interleaved [1, T, D].
+    first latent frame holds one frame, every other eight).
     """
     coordinates = transformer.rope.prepare_video_coords(1, shape.frames, shape.height, shape.width, device, fps=fps)
-    return transformer.rope(coordinates), transformer.cross_attn_rope(coordinates[:, :1])
+    sizes = (shape.frames, shape.height, shape.width)
+    own, cross = transformer.rope(coordinates), transformer.cross_attn_rope(coordinates[:, :1])
+    return compact(*own, sizes), compact(*cross, sizes, along=(0,))
 
 
 def audio_ropes(transformer: LTX2VideoTransformer3DModel, length: int, device: torch.device) -> tuple[Rope, Rope]:
     """As `video_ropes`, for `length` audio tokens of 40 ms each."""
     coordinates = transformer.audio_rope.prepare_audio_coords(1, length, device)
-    return transformer.audio_rope(coordinates), transformer.cross_attn_audio_rope(coordinates)
+    own, cross = transformer.audio_rope(coordinates), transformer.cross_attn_audio_rope(coordinates)
+    return compact(*own, (length,)), compact(*cross, (length,))
 
 
 def unused_modules(transformer: LTX2VideoTransformer3DModel, modalities: str) -> list[nn.Module]:

@@ -42,11 +42,8 @@ from ltxforge.models.ltx2_sampling import LTX2Sampler
 from ltxforge.models.parts import cast, release_memory, whole_float32
 from ltxforge.models.vae import decode_frames, encode_frames
 from ltxforge.plan import PromptPlan
-from ltxforge.shapes import LatentShape
 from ltxforge.specs import ModelSpec
 
-# Rope tables take 150 MB at 768x512x121; those of earlier sizes are kept up to so many bytes.
-ROPE_TABLES_KEPT_BYTES = 512 * 2**20
 # Gemma's hidden states, 75 MB for a caption of 200 tokens, wait on the host for the connectors; the two take turns
 # whenever a share of the host's free memory is full, or these bytes where there is little.
 HOST_SHARE_HELD, LEAST_HELD_BYTES = 0.25, 2 * 2**30
@@ -80,7 +77,6 @@ class LTX2Video(BaseModel):
         self._mel = parts.mel()
         self._encoder: Any = None  # the one part beside the transformer that is on the device
         self._connectors: LTX2TextConnectors | None = None
-        self._rope_tables: dict[Any, tuple[Rope, Rope]] = {}
 
     def load_transformer(self) -> None:
         if self._transformer is None:
@@ -101,15 +97,15 @@ class LTX2Video(BaseModel):
             name: self._stream(name, tokens, prompts.embeds[name], prompts.mask, noisy)
             for name, tokens in noisy.streams.items()
         }
-        return transformer_forward(self.transformer, Streams(**given), self._checkpoint_every)
+        return transformer_forward(self.transformer, Streams(**given), self._checkpoint_every, self.kernels)
 
     def _stream(self, name: str, noisy: NoisyTokens, embeds: Tensor, mask: Tensor | None, clip: Noisy) -> Stream:
         assert has(self.modalities, name), f"{name} takes no part in a run on {self.modalities}"
-        rope, cross_rope = self._ropes(name, clip, noisy.tokens.shape[1])
+        rope, cross_rope = self._ropes_of(name, clip, noisy.tokens.shape[1])
         return Stream(
             tokens=noisy.tokens.to(self.device, self.dtype),
-            timesteps=noisy.timesteps.to(self.device),
-            sample_timesteps=noisy.sample_timesteps.to(self.device),
+            timesteps=noisy.timesteps,
+            sample_timesteps=noisy.sample_timesteps,
             prompts=embeds.to(self.device, self.dtype),
             prompt_mask=None if mask is None else mask.to(self.device),
             rope=rope,
@@ -117,19 +113,12 @@ class LTX2Video(BaseModel):
             present=None if noisy.present is None else noisy.present.to(self.device),
         )
 
-    def _ropes(self, name: str, clip: Noisy, tokens: int) -> tuple[Rope, Rope]:
-        key: tuple[LatentShape, float] | int = (clip.shape, clip.fps) if name == "video" else tokens
-        if key not in self._rope_tables:
-            if name == "video":
-                assert tokens == clip.shape.tokens
-                made = video_ropes(self.transformer, clip.shape, clip.fps, self.device)
-            else:
-                made = audio_ropes(self.transformer, tokens, self.device)
-            kept = self._rope_tables
-            while kept and bytes_of(made) + sum(map(bytes_of, kept.values())) > ROPE_TABLES_KEPT_BYTES:
-                del kept[next(iter(kept))]
-            kept[key] = made
-        return self._rope_tables[key]
+    def _ropes_of(self, name: str, clip: Noisy, tokens: int) -> tuple[Rope, Rope]:
+        if name == "video":
+            assert tokens == clip.shape.tokens
+            place = (self.transformer, clip.shape, clip.fps, self.device)
+            return self._rope((clip.shape, clip.fps), lambda: video_ropes(*place))
+        return self._rope(tokens, lambda: audio_ropes(self.transformer, tokens, self.device))
 
     def encode_prompts(
         self, wanted: Sequence[WantedPrompt], tokens: int, on_read: Callable[[int], None] = lambda _: None
@@ -281,8 +270,3 @@ class LTX2Video(BaseModel):
             return sampler.sample(prompt, embeds, negative, image, on_step)
         finally:
             self._leave_unused("cpu")
-
-
-def bytes_of(tables: tuple[Rope, Rope]) -> int:
-    """What rope tables take."""
-    return sum(table.nbytes for rope in tables for table in rope)

@@ -19,6 +19,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LTXVideoTransformer3DModel,
 )
+from ltxforge_kernels.choice import EAGER, Kernels
+from ltxforge_kernels.qk_norm_rope.rope import Rope, compact
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
@@ -27,11 +29,16 @@ from ltxforge.modalities import Streams
 from ltxforge.models import ltx_video_sampling
 from ltxforge.models.base_model import BaseModel
 from ltxforge.models.blocks import (
+    Gate,
     Modulation,
-    Rope,
+    Shift,
+    add,
+    add_and_norm,
     attention_forward,
     checkpointed,
     distinct_timesteps,
+    feed_forward,
+    norm,
     prompt_bias,
 )
 from ltxforge.models.interface import Latents, Noisy, PromptBatch, PromptEmbeddings, Sample, WantedPrompt
@@ -41,12 +48,15 @@ from ltxforge.plan import PromptPlan
 from ltxforge.shapes import LatentShape
 from ltxforge.specs import ModelSpec
 
-# Rope tables are float32 [1, T, D], twice: 100 MiB for 2B at 768x512x121. Batches of one size follow each other.
-ROPE_TABLES_KEPT = 4
-
 
 def block_forward(
-    block: nn.Module, hidden: Tensor, prompt: Tensor, modulation: Modulation, rope: Rope, bias: Tensor | None
+    block: nn.Module,
+    kernels: Kernels,
+    hidden: Tensor,
+    prompt: Tensor,
+    modulation: Modulation,
+    rope: Rope,
+    bias: Tensor | None,
 ) -> Tensor:
     """One transformer block with adaptive layer norm (DiT, arXiv:2212.09748; shared table as in PixArt-α).
 
@@ -54,16 +64,17 @@ def block_forward(
         block: diffusers' LTXVideoTransformerBlock, perhaps with adapters injected into its linears.
         hidden: [B, T, D].
         prompt: projected prompt, [B, P, D].
-        modulation: the step's time embedding, six rows.
-        rope: cos and sin, [1, T, D] float32.
+        modulation: the step's time embedding, six rows: shift, scale and gate of attention, and of the feed-forward.
+        rope: of the T tokens.
         bias: what is added to the prompt's attention scores, [B, 1, 1, P], or None.
     """
-    shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.rows(block.scale_shift_table)
-    normed = block.norm1(hidden) * (1 + scale_attn) + shift_attn
-    hidden = hidden + attention_forward(block.attn1, normed, normed, rope, None) * gate_attn
-    hidden = hidden + attention_forward(block.attn2, hidden, prompt, None, bias)
-    normed = block.norm2(hidden) * (1 + scale_ff) + shift_ff
-    return hidden + block.ff(normed) * gate_ff
+    table, index = modulation.table(block.scale_shift_table), modulation.index
+    normed = norm(block.norm1, hidden, Shift(table, index, 0, 1), kernels)
+    attended = attention_forward(block.attn1, normed, normed, kernels, rope)
+    hidden = add(hidden, attended, Gate(table, index, 2), kernels)
+    attended = attention_forward(block.attn2, hidden, prompt, kernels, bias=bias)
+    hidden, normed = add_and_norm(hidden, attended, None, block.norm2, Shift(table, index, 3, 4), kernels)
+    return add(hidden, feed_forward(block.ff, normed, kernels), Gate(table, index, 5), kernels)
 
 
 def transformer_forward(
@@ -74,6 +85,7 @@ def transformer_forward(
     timesteps: Tensor,
     rope: Rope,
     checkpoint_every: int = 0,
+    kernels: Kernels = EAGER,
 ) -> Tensor:
     """The velocity [B, T, C] for noisy tokens [B, T, C].
 
@@ -82,16 +94,17 @@ def transformer_forward(
         tokens: [B, T, C] in the transformer's dtype.
         embeds: the prompts' embeddings, [B, P, E], in that dtype.
         mask: [B, P], 1 real and 0 padding.
-        timesteps: [B, 1] or [B, T] float32, sigma · 1000.
+        timesteps: [B, 1] or [B, T] float32, sigma · 1000; best on the host.
         rope: from `rope_tables`.
         checkpoint_every: recompute every n-th block in the backward pass; 0 is off.
+        kernels: which implementation each op has.
     """
     hidden = transformer.proj_in(tokens)
-    modulation, final = embed_timesteps(transformer, timesteps, hidden.dtype)
+    modulation, final = embed_timesteps(transformer, timesteps, hidden)
     prompt = transformer.caption_projection(embeds)
     bias = prompt_bias(mask, tokens.dtype)
     for number, block in enumerate(transformer.transformer_blocks):
-        step = checkpointed(partial(block_forward, block), number, checkpoint_every)
+        step = checkpointed(partial(block_forward, block, kernels), number, checkpoint_every)
         hidden = step(hidden, prompt, modulation, rope, bias)
     return output_forward(transformer, hidden, final)
 
@@ -103,14 +116,14 @@ def output_forward(transformer: LTXVideoTransformer3DModel, hidden: Tensor, modu
 
 
 def embed_timesteps(
-    transformer: LTXVideoTransformer3DModel, timesteps: Tensor, dtype: torch.dtype
+    transformer: LTXVideoTransformer3DModel, timesteps: Tensor, like: Tensor
 ) -> tuple[Modulation, Modulation]:
-    """The blocks' modulation, six rows, and the output's, one row.
+    """The blocks' modulation, six rows, and the output's, one row, on the device and in the dtype of `like`.
 
-    Each distinct timestep is embedded once; `timesteps` stay float32 up to their sinusoids, whatever `dtype` is.
+    Each distinct timestep is embedded once; `timesteps` stay float32 up to their sinusoids, whatever the dtype is.
     """
-    distinct, index = distinct_timesteps(timesteps)
-    block, output = transformer.time_embed(distinct, batch_size=distinct.shape[0], hidden_dtype=dtype)
+    distinct, index = distinct_timesteps(timesteps, like.device)
+    block, output = transformer.time_embed(distinct, batch_size=distinct.shape[0], hidden_dtype=like.dtype)
     return Modulation(block.unflatten(-1, (6, -1)), index), Modulation(output[:, None], index)
 
 
@@ -123,17 +136,19 @@ def rope_tables(
     spatial: int = 32,
     temporal: int = 8,
 ) -> Rope:
-    """cos and sin, [1, T, D] float32, by the transformer's own table.
+    """The rotation of each token, by the transformer's own table of cos and sin, [1, T, D] float32.
 
     The time of latent frame j is 8·j/fps under "plain" (diffusers' LTXPipeline) and max(0, 8·j − 7)/fps under "causal"
     (LTXConditionPipeline): the causal VAE's first latent frame holds one pixel frame, every other one eight.
     """
     like = torch.empty(1, 0, device=device)  # the table reads only its batch size and device
+    sizes = (shape.frames, shape.height, shape.width)
     if convention == "plain":
         scale = (temporal / fps, spatial, spatial)
-        return transformer.rope(like, shape.frames, shape.height, shape.width, rope_interpolation_scale=scale)
+        return compact(*transformer.rope(like, *sizes, rope_interpolation_scale=scale), sizes)
     assert convention == "causal", f"no rope convention {convention!r}"
-    return transformer.rope(like, video_coords=causal_coordinates(shape, fps, device, spatial, temporal))
+    coordinates = causal_coordinates(shape, fps, device, spatial, temporal)
+    return compact(*transformer.rope(like, video_coords=coordinates), sizes)
 
 
 def causal_coordinates(shape: LatentShape, fps: float, device: torch.device, spatial: int, temporal: int) -> Tensor:
@@ -196,27 +211,20 @@ class LTXVideo(BaseModel):
         self._parts = parts
         self._vae: AutoencoderKLLTXVideo | None = None
         self._text_encoder: tuple[T5EncoderModel, PreTrainedTokenizerBase] | None = None
-        self._rope_tables: dict[tuple[LatentShape, float], Rope] = {}
 
     def predict(self, noisy: Noisy, prompts: PromptBatch) -> Streams[Tensor]:
         video = noisy.streams.video
         assert video is not None and noisy.streams.audio is None and prompts.embeds.video is not None
         assert video.tokens.shape[1] == noisy.shape.tokens and prompts.mask is not None
         embeds, mask = prompts.embeds.video.to(self.device, self.dtype), prompts.mask.to(self.device)
-        tokens, timesteps = video.tokens.to(self.device, self.dtype), video.timesteps.to(self.device)
-        rope = self._rope_for(noisy.shape, noisy.fps)
-        return Streams(
-            transformer_forward(self.transformer, tokens, embeds, mask, timesteps, rope, self._checkpoint_every)
+        tokens, factors = (
+            video.tokens.to(self.device, self.dtype),
+            (self.spec.spatial_factor, self.spec.temporal_factor),
         )
-
-    def _rope_for(self, shape: LatentShape, fps: float) -> Rope:
-        key = (shape, fps)
-        if key not in self._rope_tables:
-            while len(self._rope_tables) >= ROPE_TABLES_KEPT:
-                del self._rope_tables[next(iter(self._rope_tables))]
-            factors = self.spec.spatial_factor, self.spec.temporal_factor
-            self._rope_tables[key] = rope_tables(self.transformer, self.rope, shape, fps, self.device, *factors)
-        return self._rope_tables[key]
+        place = (self.transformer, self.rope, noisy.shape, noisy.fps, self.device, *factors)
+        rope = self._rope((noisy.shape, noisy.fps), lambda: rope_tables(*place))
+        given = (tokens, embeds, mask, video.timesteps, rope)
+        return Streams(transformer_forward(self.transformer, *given, self._checkpoint_every, self.kernels))
 
     @contextlib.contextmanager
     def text_encoder(self) -> Iterator[None]:

@@ -75,7 +75,7 @@ def test_it_is_the_trainer_s_objective(shape, device):
     sigma = [0.3, 0.9375][: shape.batch]
     clean = given.weight == 0
     clean[-1] = True
-    batch = objective.mix(given.latents, given.draws, sigma, clean)
+    batch = objective.mix(given.latents, given.draws, sigma, clean.cpu())
     drawn = torch.tensor(sigma, dtype=torch.float64)[:, None].expand(clean.shape)
     level = drawn.masked_fill(clean.cpu(), 0).float().to(device)
     noised = flow_matching.noise(given.latents, given.draws, level, implementation="triton")

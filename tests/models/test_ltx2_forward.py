@@ -15,6 +15,8 @@ from ltxforge.shapes import LatentShape
 from ltxforge.specs_ltx2 import LTX2_TINY
 
 WIRINGS = list(LTX2_TINY)
+pytestmark = pytest.mark.usefixtures("stock_in_float64")
+
 CPU = torch.device("cpu")
 SHAPE = LatentShape(frames=3, height=2, width=3)
 AUDIO_LENGTH = 7
@@ -156,7 +158,7 @@ def test_output_and_gradients_equal_diffusers(name, setting, dtype):
     worst_gradient = max(relative(own, stock) for own, stock in zip(*found, strict=True))
     assert worst <= BOUND[dtype]
     assert worst_gradient <= 5 * BOUND[dtype]
-    if not setting.endswith("per-token"):
+    if not setting.endswith("per-token") and dtype == torch.float32:
         assert all(torch.equal(own, stock) for own, stock in zip(ours, theirs, strict=True))
 
 
@@ -241,7 +243,7 @@ def test_checkpointing_changes_no_gradient(setting, every):
     transformer = make_transformer("tiny/ltx2.3", torch.float32)
     streams = taking_part(make_streams(transformer, per_token=setting.endswith("per-token")), setting)
     calls = [0] * len(transformer.transformer_blocks)
-    watched = "audio_norm1" if setting == "audio" else "norm1"
+    watched = "audio_attn1" if setting == "audio" else "attn1"
 
     def count(number):
         def hook(*_):
@@ -255,7 +257,7 @@ def test_checkpointing_changes_no_gradient(setting, every):
 
     kept = found(0)
     for number, block in enumerate(transformer.transformer_blocks):
-        getattr(block, watched).register_forward_hook(count(number))
+        getattr(block, watched).to_q.register_forward_hook(count(number))
     assert all(torch.equal(a, b) for a, b in zip(kept, found(every), strict=True))
     assert calls == [2 if number % every == 0 else 1 for number in range(len(calls))]
 
@@ -290,11 +292,22 @@ def test_switches_that_no_published_version_uses_yet_still_equal_diffusers(chang
 def test_timesteps_are_not_rounded_in_a_bf16_model():
     transformer = make_transformer("tiny/ltx2.3", torch.bfloat16)
     streams = make_streams(transformer)
-    ours, stock = transformer_forward(transformer, streams), official_forward(transformer, streams)
+    ours = transformer_forward(transformer, streams)
     assert ours.video.dtype == torch.bfloat16
-    assert torch.equal(ours.video, stock.video) and torch.equal(ours.audio, stock.audio)
     rounded = dataclasses.replace(streams.video, timesteps=streams.video.timesteps.bfloat16().float())
     assert not torch.equal(ours.video, transformer_forward(transformer, Streams(rounded, streams.audio)).video)
+
+
+def test_in_bf16_it_is_no_further_from_the_truth_than_diffusers():
+    """Norm, modulation and gate are rounded once where the stock block rounds after each."""
+    transformer, exact = (make_transformer("tiny/ltx2.3", dtype) for dtype in (torch.bfloat16, torch.float64))
+    exact.load_state_dict(transformer.state_dict())
+    streams = make_streams(transformer)
+    precise = streams.map(lambda s: dataclasses.replace(s, tokens=s.tokens.double(), prompts=s.prompts.double()))
+    truth = official_forward(exact, precise)
+    ours, stock = transformer_forward(transformer, streams), official_forward(transformer, streams)
+    for name, expected in truth.items():
+        assert relative(ours[name], expected) <= 1.1 * relative(stock[name], expected)
 
 
 @pytest.mark.parametrize("field", ["timesteps", "sample_timesteps"])
@@ -323,13 +336,14 @@ def test_ropes_are_the_stock_model_s_for_the_clip_s_own_rate():
     transformer = make_transformer("tiny/ltx2", torch.float32)
     own, cross = ltx2.video_ropes(transformer, SHAPE, 29.97, CPU)
     other, _ = ltx2.video_ropes(transformer, SHAPE, 24.0, CPU)
-    assert own[0].dtype == torch.float32 and own[0].shape == (1, 4, SHAPE.tokens, 16) and cross[0].shape[-1] == 8
-    assert not torch.equal(own[0], other[0])
+    assert own.cos.dtype == torch.float32 and own.full[0].shape == (1, 4, SHAPE.tokens, 16)
+    assert not torch.equal(own.cos, other.cos)
     # Seconds: the first latent frame is one frame long, the second eight; cross attention knows time alone.
     middle = torch.tensor([0.5, 5.0, 13.0]) / 29.97
     coordinates = transformer.rope.prepare_video_coords(1, 3, 2, 3, CPU, fps=29.97)[0, 0].mean(-1)
     assert torch.allclose(coordinates.view(3, 6)[:, 0], middle)
-    assert torch.equal(cross[0].view(1, 4, 3, 6, 8)[:, :, :, 0], cross[0].view(1, 4, 3, 6, 8)[:, :, :, 5])
+    assert cross.cos.shape[0] == SHAPE.frames and cross.full[0].shape == (1, 4, SHAPE.tokens, 8)
+    assert torch.equal(cross.rows.view(3, 6)[:, 0], cross.rows.view(3, 6)[:, 5])
 
 
 @pytest.mark.parametrize("alone", ["video", "audio"])

@@ -1,0 +1,84 @@
+"""Which op a training step calls on which tensors, and how often: one forward over shapes alone, nothing computed.
+
+Asks the models' own forwards, by standing where they ask for their implementations; so it cannot differ from them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from ltxforge_kernels.choice import Implementation, Kernels
+
+from ltxforge.lora.inject import inject
+from ltxforge.lora.targets import match
+from ltxforge.modalities import Streams, has
+from ltxforge.models.interface import Noisy, NoisyTokens, VideoModel
+from ltxforge.models.random_weights import random_model, random_prompt
+from ltxforge.plan import BucketPlan, Plan
+from ltxforge.specs import ModelSpec
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How often a forward calls an op on tensors of this many tokens (B·T) and this width, and what carries it out."""
+
+    op: str
+    implementation: Implementation
+    tokens: int
+    width: int
+    count: int
+
+
+class Recorder(Kernels):
+    """Stands in for a run's choices: notes what is asked, and answers eager, which meta tensors can do."""
+
+    asked: Counter[tuple[str, int, int]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        object.__setattr__(self, "asked", Counter())
+
+    def of(self, op: str, tokens: int | None = None, width: int | None = None) -> Implementation:
+        self.asked[op, tokens or 0, width or 0] += 1
+        return "eager"
+
+
+def calls_of(plan: Plan, spec: ModelSpec, bucket: BucketPlan) -> list[Calls]:
+    """What one micro-batch of this bucket calls in its forward; each call has its backward too.
+
+    Noising and loss are not among them: they are called once for each modality.
+    """
+    recorder = Recorder()
+    model = random_model(spec, META, torch.bfloat16, plan.training.modalities)
+    model.load_transformer()
+    matched = match(plan.lora.targets, spec, plan.lora.modalities, plan.training.modalities)
+    inject(model.transformer, plan.lora, matched, plan.seed, recorder)
+    model.kernels = recorder
+    _predict(model, plan, spec, bucket)
+    return [
+        Calls(op, plan.kernels.of(op, tokens, width), tokens, width, count)
+        for (op, tokens, width), count in sorted(recorder.asked.items())
+    ]
+
+
+@torch.no_grad()
+def _predict(model: VideoModel, plan: Plan, spec: ModelSpec, bucket: BucketPlan) -> None:
+    size, modalities = plan.training.batch_size, plan.training.modalities
+    level = torch.zeros(size)
+
+    def tokens(count: int, channels: int) -> NoisyTokens:
+        return NoisyTokens(torch.empty(size, count, channels, device=META), level[:, None], level)
+
+    noisy = Streams(
+        tokens(bucket.tokens, spec.latent_channels) if has(modalities, "video") else None,
+        tokens(bucket.audio_tokens, spec.transformer_config["audio_in_channels"]) if has(modalities, "audio") else None,
+    )
+    prompt = random_prompt(spec, plan.conditioning.prompt_tokens, modalities, torch.bfloat16)
+    prompts: Sequence = [prompt] * size
+    shape = bucket.shape.latent(spec.spatial_factor, spec.temporal_factor)
+    model.predict(Noisy(noisy, shape, bucket.fps), model.batch_prompts(prompts, plan.conditioning.prompt_tokens))
