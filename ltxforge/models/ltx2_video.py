@@ -221,7 +221,7 @@ class LTX2Video(BaseModel):
 
     def encode_clip(self, frames: Tensor) -> Latents:
         assert isinstance(self._encoder, AutoencoderKLLTX2Video), "this works inside vae()"
-        return encode_frames(self._encoder, frames, self.device)
+        return encode_frames(self._encoder, frames, self.device, self.kernels)
 
     def decode(self, latents: Tensor) -> Tensor:
         assert isinstance(self._encoder, AutoencoderKLLTX2Video), "this works inside vae()"

@@ -288,7 +288,7 @@ class LTXVideo(BaseModel):
         return pad_prompts(prompts, tokens, self.device, self.dtype)
 
     def encode_clip(self, frames: Tensor) -> Latents:
-        return encode_frames(self._loaded_vae(), frames, self.device)
+        return encode_frames(self._loaded_vae(), frames, self.device, self.kernels)
 
     def decode(self, latents: Tensor) -> Tensor:
         return decode_frames(self._loaded_vae(), latents, self.device, self.spec.sampling.decode_timestep)

@@ -1,4 +1,4 @@
-"""Whole models on our kernels, in Triton's interpreter or on a GPU, against the same models on the stock definitions."""
+"""Whole models on our kernels, interpreted or on a GPU, against the same models on the stock definitions."""
 
 from __future__ import annotations
 
