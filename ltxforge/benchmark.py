@@ -34,7 +34,7 @@ from ltxforge.events import Note
 from ltxforge.hardware import Hardware, detect
 from ltxforge.signals import StopRequest
 from ltxforge.suites.case import Result
-from ltxforge.suites.read import Suite
+from ltxforge.suites.read import SOURCE_TREE, Suite
 from ltxforge.ui.dispatch import Dispatcher
 from ltxforge.ui.ratio_chart import ratio_chart_svg
 from ltxforge.ui.results_table import against_table, markdown, resources_table, results_table
@@ -128,7 +128,8 @@ class _Session:
                 self._write(self._results(entries))
                 break
             result = bench.measure(case)
-            told(f"{result.name}: {result.outcome}{f' ({result.reason})' if result.reason else ''}")
+            if result.outcome != "skipped":  # the table tells these together
+                told(f"{result.name}: {result.outcome}{f' ({result.reason})' if result.reason else ''}")
             entries[case.name] = json.loads(json.dumps({**result.entry(), "faults": self._faults(result)}))
             self._write(self._results(entries))
         return self._show(self._results(entries), told, screen)
@@ -188,7 +189,8 @@ def device_name(hardware: Hardware | None = None) -> str:
 
 def command(suite: Path, named: Sequence[str]) -> str:
     """The command line that measures the same again; where its results went changes nothing."""
-    return shlex.join(["ltxforge", "bench", suite.as_posix(), *(w for name in named for w in ("--case", name))])
+    word = suite.stem if suite == SOURCE_TREE / "bench" / f"{suite.stem}.toml" else suite.as_posix()
+    return shlex.join(["ltxforge", "bench", word, *(w for name in named for w in ("--case", name))])
 
 
 def about(suite: Suite, told: str, hardware: Hardware) -> dict[str, Any]:

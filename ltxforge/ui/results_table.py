@@ -177,15 +177,22 @@ FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 def _remarks(entries: Sequence[Entry]) -> list[str]:
     """What the table does not show: cases without figures, what could not be measured, and faults."""
-    lines = []
+    without: dict[tuple[str, str], list[str]] = {}
     for entry in entries:
         if entry["outcome"] != "measured":
-            lines.append(f"{entry['name']}: {entry['outcome']}. {entry['reason']}")
+            without.setdefault((entry["outcome"], entry["reason"]), []).append(entry["name"])
+    lines = [f"{_several(names)}: {outcome}. {reason}" for (outcome, reason), names in without.items()]
+    for entry in entries:
         missing = entry.get("unavailable", {})
         lines += [f"{entry['name']}: {peer} was not measured: {reason}" for peer, reason in missing.items()]
         if entry["outcome"] == "measured":
             lines += [f"{entry['name']}: {fault}" for fault in entry.get("faults", ())]
     return lines
+
+
+def _several(names: Sequence[str]) -> str:
+    """All names, or the first of many and how many more."""
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _titles(rows: Sequence[Row]) -> list[str]:
