@@ -122,10 +122,11 @@ TABLE = (
     # What spills there in larger tiles.
     Row("lora_linear.forward", Configuration({"ROWS": 16, "COLUMNS": 128}, 4, 3), arch=120, width=64),
     Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 64}, 4, 2), arch=120, width=128),
+    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 64, "CHUNK": 512}, 4, 2), arch=100, width=32),
     Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 64}, 4, 2), arch="gfx942"),
     Row("lora_linear.backward", Configuration({"ROWS": 64, "COLUMNS": 32, "CHUNK": 512}, 4, 2), arch="gfx942"),
     Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 1024}, 4), "gfx942", width=128),
-    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 1024}, 8), "gfx942", width=256),
+    Row("lora_linear.backward", Configuration({"ROWS": 16, "COLUMNS": 32, "CHUNK": 1024}, 8), "gfx942", width=256),
     # On plain arithmetic units, since float32 stays float32.
     Row("lora_linear.forward", Configuration({"ROWS": 16, "COLUMNS": 32}, 4, 2), dtype=torch.float32),
     Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 512}, 8, 2), dtype=torch.float32),
@@ -155,15 +156,11 @@ TABLE = (
     Row("int8.dequantise", Configuration({"ROWS": 64, "COLUMNS": 256}), arch=INTERPRETER),
     Row("int8.forward", Configuration({"BM": 128, "BN": 128, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3)),
     Row("int8.forward", Configuration({"BM": 64, "BN": 128, "BK": 128, "GROUP": 2}), arch=INTERPRETER),
+    # Twice as wide where it fits: on others it spills, on sm_100 by Triton 3.6 and 3.9.
     Row(
         "int8.forward",
         Configuration({"BM": 128, "BN": 256, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3),
         arch=90,
-    ),
-    Row(
-        "int8.forward",
-        Configuration({"BM": 128, "BN": 256, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3),
-        arch=100,
     ),
     Row("int8.backward", Configuration({"BM": 128, "BN": 128, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3)),
     Row("int8.backward", Configuration({"BM": 64, "BN": 128, "BK": 128, "GROUP": 2}), arch=INTERPRETER),
