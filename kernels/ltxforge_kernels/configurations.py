@@ -167,6 +167,8 @@ TABLE = (
     Row("int8.project", Configuration({"BM": 32, "BK": 64}, num_stages=3)),
     Row("int8.project", Configuration({"BM": 64, "BK": 128}), arch=INTERPRETER),
     Row("int8.over_tokens", Configuration({"PARTS": 8, "BM": 64, "BK": 128}, num_warps=8, num_stages=3)),
+    # A third stage spills there at rank 128, by Triton 3.9.
+    Row("int8.over_tokens", Configuration({"PARTS": 8, "BM": 64, "BK": 128}, num_warps=8, num_stages=2), arch=120),
     # So that tests reach parts of several tiles, and parts without tokens.
     Row("int8.over_tokens", Configuration({"PARTS": 2, "BM": 32, "BK": 128}), arch=INTERPRETER),
     # 64 KB of shared memory hold two stages.
