@@ -34,14 +34,16 @@ from ltxforge.events import Note
 from ltxforge.hardware import Hardware, detect
 from ltxforge.signals import StopRequest
 from ltxforge.suites.case import Result
-from ltxforge.suites.read import Suite
+from ltxforge.suites.read import SOURCE_TREE, Suite
 from ltxforge.ui.dispatch import Dispatcher
 from ltxforge.ui.ratio_chart import ratio_chart_svg
-from ltxforge.ui.results_table import against_table, markdown, resources_table, results_table
+from ltxforge.ui.results_table import against_table, markdown, resources_table, results_table, several
 from ltxforge.ui.screen import Screen
 
 FORMAT = 2
 PACKAGES = ("diffusers", "transformers", "peft", "triton", "bitsandbytes", "liger_kernel")
+# They choose kernels or compile them for chips that are not here; they launch none.
+NO_KERNELS = ("choice.py", "profiles.py", "production.py", "compile_only.py")
 KINDS: dict[str, Callable[..., Bench]] = {
     "kernels": kernels.begin,
     "step": step.begin,
@@ -116,7 +118,7 @@ class _Session:
         """Measure every case that is not finished yet; gives what is wrong, one line each."""
         entries, todo = self.finished.kept(self.suite.case), self.finished.order(self.suite.case)
         if entries:
-            told(f"measured before, and kept: {', '.join(entries)}")
+            told(f"measured before, and kept: {several(list(entries))}")
         if todo:
             bench = KINDS[self.suite.suite](todo, self.hardware, told, stop)
             self.head |= {"how": bench.how, **bench.facts}
@@ -124,11 +126,13 @@ class _Session:
             if stop.requested:
                 raise Stopped(stop.signal_number, f"stopped before {case.name}; what was measured is in {self.target}")
             if self.deadline is not None and time.monotonic() > self.deadline:
-                told(f"no time is left for {', '.join(case.name for case in todo[number:])}: call again with --resume")
+                left = several([case.name for case in todo[number:]])
+                told(f"no time is left for {left}: call again with --resume")
                 self._write(self._results(entries))
                 break
             result = bench.measure(case)
-            told(f"{result.name}: {result.outcome}{f' ({result.reason})' if result.reason else ''}")
+            if result.outcome != "skipped":  # the table tells these together
+                told(f"{result.name}: {result.outcome}{f' ({result.reason})' if result.reason else ''}")
             entries[case.name] = json.loads(json.dumps({**result.entry(), "faults": self._faults(result)}))
             self._write(self._results(entries))
         return self._show(self._results(entries), told, screen)
@@ -188,7 +192,8 @@ def device_name(hardware: Hardware | None = None) -> str:
 
 def command(suite: Path, named: Sequence[str]) -> str:
     """The command line that measures the same again; where its results went changes nothing."""
-    return shlex.join(["ltxforge", "bench", suite.as_posix(), *(w for name in named for w in ("--case", name))])
+    word = suite.stem if suite == SOURCE_TREE / "bench" / f"{suite.stem}.toml" else suite.as_posix()
+    return shlex.join(["ltxforge", "bench", word, *(w for name in named for w in ("--case", name))])
 
 
 def about(suite: Suite, told: str, hardware: Hardware) -> dict[str, Any]:
@@ -211,10 +216,10 @@ def about(suite: Suite, told: str, hardware: Hardware) -> dict[str, Any]:
 
 
 def kernels_digest() -> str:
-    """Of our kernels' sources: what was measured with others says nothing about these."""
+    """Of the sources that our kernels run by: what was measured with others says nothing about these."""
     folder = Path(ltxforge_kernels.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(path for path in folder.rglob("*.py") if path.name not in NO_KERNELS):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -9,16 +10,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
+from ltxforge_kernels.gelu import reference as gelu_reference
 
 from ltxforge import benchmark
+from ltxforge.benchmarks import ceilings
 from ltxforge.errors import BenchmarkError, PlanError
 from ltxforge.hardware import detect
 from ltxforge.models import random_weights
 from ltxforge.specs import SPECS, TINY
-from ltxforge.suites.read import StepSuite, Suite
+from ltxforge.suites.kernels import KernelCase, KernelResult
+from ltxforge.suites.read import KernelSuite, StepSuite, Suite, find
 from ltxforge.suites.step import StepCase
 from ltxforge.ui.plain import Plain
 
@@ -157,6 +162,134 @@ def test_the_gpu_script_runs_from_the_source_tree(tmp_path):
     assert result.returncode == 0, result.stderr
     cases = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))["cases"]
     assert {case["outcome"] for case in cases} == {"measured", "skipped"}
+
+
+def kernel_case(name: str, **changes: object) -> KernelCase:
+    settings = {"name": name, "op": "gelu", "tokens": 8, "width": 16, "device": "cpu", "rounds": 3,
+                "implementations": ["eager"], "peers": ["PyTorch"], "floors": {"PyTorch": 500.0}}  # fmt: skip
+    return KernelCase(**{**settings, **changes})
+
+
+class KernelBench:
+    """The verb over cases of single ops, in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.out, self.shown = folder / "kernels.json", ""
+
+    def __call__(self, *cases: KernelCase, **request: object) -> dict:
+        stream = io.StringIO()
+        suite = KernelSuite(suite="kernels", case=list(cases))
+        named = tuple(request.pop("named", ()))
+        try:
+            asked = benchmark.Request(named, self.out, **request)
+            benchmark.run([(suite, Path("bench/kernels.toml"))], asked, Plain(stream))
+        finally:
+            self.shown = stream.getvalue()
+        return self.written()
+
+    def written(self) -> dict:
+        return json.loads(self.out.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def kernel_bench(tmp_path, monkeypatch) -> KernelBench:
+    monkeypatch.setattr(ceilings, "SMALL", 64)
+    monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 1 << 20)
+    return KernelBench(tmp_path)
+
+
+def names(results: dict) -> list[str]:
+    return [entry["name"] for entry in results["cases"]]
+
+
+def test_a_table_a_plot_and_the_ceilings_lie_beside_the_results(kernel_bench):
+    results = kernel_bench(kernel_case("a"))
+    assert results["ceilings"]["copy bandwidth"] > 0 and results["left"] == []
+    (entry,) = results["cases"]
+    assert entry["medians"].keys() == {"eager", "PyTorch"} and entry["seconds"].keys() == {"eager"}
+    assert "PyTorch" in kernel_bench.out.with_suffix(".md").read_text(encoding="utf-8")
+    svg = ElementTree.parse(kernel_bench.out.with_suffix(".svg")).getroot()
+    assert svg.tag.endswith("svg")
+
+
+def test_what_was_finished_stays_and_time_that_is_over_leaves_the_rest(kernel_bench):
+    first = kernel_bench(kernel_case("a"))
+    cases = [kernel_case("a"), kernel_case("b")]
+    late = kernel_bench(*cases, resume=True, minutes=0.0)
+    assert late["cases"] == first["cases"] and late["left"] == ["b"] and "no time is left for b" in kernel_bench.shown
+    whole = kernel_bench(*cases, resume=True)
+    assert names(whole) == ["a", "b"] and whole["left"] == [] and whole["cases"][0] == first["cases"][0]
+    again = kernel_bench(*cases, resume=True)
+    assert again["cases"] == whole["cases"] and again["ceilings"] == whole["ceilings"] and again["how"]
+    assert kernel_bench(*cases)["cases"][0] != first["cases"][0], "measured anew where nobody asked to go on"
+
+
+def test_a_named_case_leaves_the_others_results_where_they_are(kernel_bench):
+    kernel_bench(kernel_case("a"), kernel_case("b"))
+    assert names(kernel_bench(kernel_case("c"), named=["c"], resume=True)) == ["c", "a", "b"]
+
+
+def test_a_red_gate_is_an_error_after_everything_is_written(kernel_bench, monkeypatch):
+    """The op's own definition is damaged, in bf16 alone."""
+    right = gelu_reference.gelu
+    monkeypatch.setattr(gelu_reference, "gelu", lambda x: right(x) * (1 if x.dtype == torch.float64 else 1.1))
+    other = kernel_case("other", op="adaln_rms_norm", peers=[], floors={})
+    with pytest.raises(BenchmarkError, match="(?s)a: eager: output 0: relative error 1.0.*measured and written"):
+        kernel_bench(kernel_case("a"), other)
+    first, second = kernel_bench.written()["cases"]
+    assert first["outcome"] == "gate failed" and first["times"] == {} and second["outcome"] == "measured"
+
+
+def test_floors_hold_on_a_gpu_alone(kernel_bench):
+    """500 times as fast as PyTorch's GELU nothing is."""
+    results = kernel_bench(kernel_case("a"))
+    assert results["cases"][0]["faults"] == []
+    result = KernelResult("a", "measured", {"floors": {"PyTorch": 500.0, "absent": 2.0}}, ratios={"PyTorch": 1.5})
+    assert result.missed_floors() == ["1.50 times as fast as PyTorch, less than 500"]
+    for kind, faults in (("cuda", 1), ("rocm", 1), ("cpu", 0), ("mps", 0)):
+        hardware = dataclasses.replace(CPU_HARDWARE, kind=kind)
+        suite = KernelSuite(suite="kernels", case=[kernel_case("a")])
+        session = benchmark._Session(suite, Path("k.toml"), benchmark.Request(), hardware, None)
+        assert len(session._faults(result)) == faults
+
+
+def test_slower_than_the_baseline_is_an_error(kernel_bench, tmp_path):
+    kernel_bench(kernel_case("a"))
+    results = kernel_bench.written()
+    for factor, passes in ((100.0, True), (0.001, False)):
+        baseline = tmp_path / "baseline.json"
+        entry = results["cases"][0]
+        slower = {**entry, "seconds": {"eager": entry["seconds"]["eager"] * factor}}
+        baseline.write_text(json.dumps({**results, "cases": [slower]}), encoding="utf-8")
+        with contextlib.nullcontext() if passes else pytest.raises(BenchmarkError, match="a: eager takes .* baseline"):
+            kernel_bench(kernel_case("a"), against=baseline)
+        assert "ratio" in kernel_bench.shown and (" slower" in kernel_bench.shown) is not passes
+
+
+def test_a_baseline_of_another_device_is_refused_before_anything_is_measured(kernel_bench, tmp_path):
+    results = kernel_bench(kernel_case("a"))
+    baseline = tmp_path / "baseline.json"
+    baseline.write_text(json.dumps({**results, "device": {"kind": "cpu", "name": "Other"}}), encoding="utf-8")
+    with pytest.raises(PlanError, match="another device: Other"):
+        kernel_bench(kernel_case("b"), against=baseline)
+    assert names(kernel_bench.written()) == ["a"]
+
+
+def test_the_command_names_our_own_suites_by_a_word():
+    assert benchmark.command(find("kernels"), ()) == "ltxforge bench kernels"
+    assert benchmark.command(Path("my/kernels.toml"), ["a b"]) == "ltxforge bench my/kernels.toml --case 'a b'"
+
+
+def test_one_file_holds_one_suite(tmp_path):
+    suite = (KernelSuite(suite="kernels", case=[kernel_case("a")]), Path("bench/kernels.toml"))
+    for request in (benchmark.Request(out=tmp_path / "x.json"), benchmark.Request(against=tmp_path / "b.json")):
+        with pytest.raises(PlanError, match="about one suite"):
+            benchmark.run([suite, suite], request, Plain(io.StringIO()))
+
+
+def test_what_was_measured_with_other_kernels_is_measured_again():
+    digest = benchmark.kernels_digest()
+    assert len(digest) == 64 and digest == benchmark.kernels_digest()
 
 
 def test_committed_results_were_measured():

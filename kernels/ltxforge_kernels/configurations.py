@@ -122,10 +122,11 @@ TABLE = (
     # What spills there in larger tiles.
     Row("lora_linear.forward", Configuration({"ROWS": 16, "COLUMNS": 128}, 4, 3), arch=120, width=64),
     Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 64}, 4, 2), arch=120, width=128),
+    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 64, "CHUNK": 512}, 4, 2), arch=100, width=32),
     Row("lora_linear.forward", Configuration({"ROWS": 32, "COLUMNS": 64}, 4, 2), arch="gfx942"),
     Row("lora_linear.backward", Configuration({"ROWS": 64, "COLUMNS": 32, "CHUNK": 512}, 4, 2), arch="gfx942"),
     Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 1024}, 4), "gfx942", width=128),
-    Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 1024}, 8), "gfx942", width=256),
+    Row("lora_linear.backward", Configuration({"ROWS": 16, "COLUMNS": 32, "CHUNK": 1024}, 8), "gfx942", width=256),
     # On plain arithmetic units, since float32 stays float32.
     Row("lora_linear.forward", Configuration({"ROWS": 16, "COLUMNS": 32}, 4, 2), dtype=torch.float32),
     Row("lora_linear.backward", Configuration({"ROWS": 32, "COLUMNS": 32, "CHUNK": 512}, 8, 2), dtype=torch.float32),
@@ -155,21 +156,19 @@ TABLE = (
     Row("int8.dequantise", Configuration({"ROWS": 64, "COLUMNS": 256}), arch=INTERPRETER),
     Row("int8.forward", Configuration({"BM": 128, "BN": 128, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3)),
     Row("int8.forward", Configuration({"BM": 64, "BN": 128, "BK": 128, "GROUP": 2}), arch=INTERPRETER),
+    # Twice as wide where it fits: on others it spills, on sm_100 by Triton 3.6 and 3.9.
     Row(
         "int8.forward",
         Configuration({"BM": 128, "BN": 256, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3),
         arch=90,
-    ),
-    Row(
-        "int8.forward",
-        Configuration({"BM": 128, "BN": 256, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3),
-        arch=100,
     ),
     Row("int8.backward", Configuration({"BM": 128, "BN": 128, "BK": 128, "GROUP": 8}, num_warps=8, num_stages=3)),
     Row("int8.backward", Configuration({"BM": 64, "BN": 128, "BK": 128, "GROUP": 2}), arch=INTERPRETER),
     Row("int8.project", Configuration({"BM": 32, "BK": 64}, num_stages=3)),
     Row("int8.project", Configuration({"BM": 64, "BK": 128}), arch=INTERPRETER),
     Row("int8.over_tokens", Configuration({"PARTS": 8, "BM": 64, "BK": 128}, num_warps=8, num_stages=3)),
+    # A third stage spills there at rank 128, by Triton 3.9.
+    Row("int8.over_tokens", Configuration({"PARTS": 8, "BM": 64, "BK": 128}, num_warps=8, num_stages=2), arch=120),
     # So that tests reach parts of several tiles, and parts without tokens.
     Row("int8.over_tokens", Configuration({"PARTS": 2, "BM": 32, "BK": 128}), arch=INTERPRETER),
     # 64 KB of shared memory hold two stages.

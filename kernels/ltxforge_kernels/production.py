@@ -91,7 +91,7 @@ def adaln_rms_norm_step(dtype: torch.dtype) -> None:
 
 
 def gated_residual_step(dtype: torch.dtype) -> None:
-    """Alone and with the next norm, both ways at each width; and as after prompt attention, without gates."""
+    """Alone and with the next norm, once and twice, both ways; and as after prompt attention, without gates."""
     for width in sorted({shape.width for shape in HIDDEN}):
         shape = next(shape for shape in HIDDEN if shape.width == width)
         for distinct in (2, None):
@@ -101,9 +101,11 @@ def gated_residual_step(dtype: torch.dtype) -> None:
             gated_residual.launch_residual_backward(given.total_upstream, *gate)
             for gated in (gate, (None, None, None)):
                 modulated = (*gated, given.table, given.index)
-                _, _, reciprocal = gated_residual.launch_norm(given.hidden, given.branch, *modulated, 3, 4, 1e-6)
-                upstream = (given.total_upstream, given.upstream)
-                gated_residual.launch_norm_backward(*upstream, total, *modulated, 4, reciprocal)
+                for second, arriving in (((None, None), None), ((1, 0), given.second_upstream)):
+                    rows = (*modulated, 3, 4, *second)
+                    reciprocal = gated_residual.launch_norm(given.hidden, given.branch, *rows, 1e-6)[-1]
+                    upstreams = (given.total_upstream, given.upstream, arriving)
+                    gated_residual.launch_norm_backward(*upstreams, total, *modulated, 4, second[1], reciprocal)
 
 
 def gelu_step(dtype: torch.dtype) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from ltxforge_kernels.adaln_rms_norm import adaln_rms_norm
 from ltxforge_kernels.choice import Kernels
-from ltxforge_kernels.gated_residual import gated_residual, gated_residual_norm
+from ltxforge_kernels.gated_residual import gated_residual, gated_residual_norm, gated_residual_norm_twice
 from ltxforge_kernels.gelu import gelu
 from ltxforge_kernels.qk_norm_rope import Rope, qk_norm_rope
 from torch import Tensor, nn
@@ -101,6 +101,24 @@ def add_and_norm(
     implementation = kernels.on("gated_residual", hidden.shape)
     return gated_residual_norm(
         hidden, branch, *_gate(gate), *_shift(moved), eps_of(module), implementation=implementation
+    )
+
+
+def add_and_norm_twice(
+    hidden: Tensor,
+    branch: Tensor,
+    gate: Gate | None,
+    module: nn.Module,
+    first: Shift,
+    second: Shift,
+    kernels: Kernels,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_and_norm`, with the one norm moved twice, by rows of the same table."""
+    assert first.table is second.table and first.index is second.index, "both are rows of one table"
+    implementation = kernels.on("gated_residual", hidden.shape)
+    rows = ((first.shift, first.scale), (second.shift, second.scale))
+    return gated_residual_norm_twice(
+        hidden, branch, *_gate(gate), first.table, first.index, *rows, eps_of(module), implementation=implementation
     )
 
 

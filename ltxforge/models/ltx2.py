@@ -28,6 +28,7 @@ from ltxforge.models.blocks import (
     Shift,
     add,
     add_and_norm,
+    add_and_norm_twice,
     attention_forward,
     checkpointed,
     distinct_timesteps,
@@ -289,10 +290,9 @@ def cross_attention(
         table, module = own.table(getattr(block, modality.cross_table), 0, 4), getattr(block, modality.cross_norm)
         asks, answers = (Shift(table, own.index, row + 1, row) for row in (modality.cross_row, other.cross_row))
         branch = branches[modality]
-        streams[modality], queries[modality] = add_and_norm(
-            hidden[modality], branch.value, branch.gate, module, asks, kernels
+        streams[modality], queries[modality], contexts[modality] = add_and_norm_twice(
+            hidden[modality], branch.value, branch.gate, module, asks, answers, kernels
         )
-        contexts[modality] = norm(module, streams[modality], answers, kernels)
     added = {}
     for modality, other in ((VIDEO, AUDIO), (AUDIO, VIDEO)):
         attended = attention_forward(

@@ -13,11 +13,12 @@ from xml.sax.saxutils import escape
 
 from ltxforge.printable import printable
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 960, 330, 70, 84, 44
-BAR, GAP = 18, 12
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 960, 190, 70, 84, 44
+BAR, GAP, NAME = 18, 10, 20
 STYLE = """
  text { font: 13px system-ui, sans-serif; fill: #808890; }
  .title { font-size: 17px; font-weight: 600; }
+ .name { font-weight: 600; }
  .grid { stroke: #808890; stroke-opacity: 0.22; }
  .even { stroke: #808890; stroke-width: 1.4; }
  .faster { fill: #3fa66b; fill-opacity: 0.8; }
@@ -36,7 +37,11 @@ def ratio_chart_svg(head: Mapping[str, Any], entries: Sequence[Mapping[str, Any]
     low, high = _range([*ratios, *floors])
     bars, height = [], TOP
     for entry in cases:
-        bars.append(_text(12, height - 4 + BAR, entry["name"], bold=True))
+        ours = entry.get("ours", "triton")
+        bars.append(
+            _text(12, height + 14, entry["name"] + ("" if ours == "triton" else f", ours: {ours}"), kind="name")
+        )
+        height += NAME
         for peer, ratio in entry["ratios"].items():
             bars += _bar(peer, ratio, entry["case"].get("floors", {}).get(peer), height, low, high)
             height += BAR + 3
@@ -99,6 +104,6 @@ def _grid(value: float, bottom: float, low: float, high: float) -> str:
     return line + _text(x, bottom + 20, f"{value:g}", anchor="middle")
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "start", kind: str = "", bold: bool = False) -> str:
-    style = f' class="{kind}"' if kind else ' font-weight="600"' if bold else ""
+def _text(x: float, y: float, text: str, *, anchor: str = "start", kind: str = "") -> str:
+    style = f' class="{kind}"' if kind else ""
     return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}"{style}>{escape(printable(text))}</text>'

@@ -23,8 +23,10 @@ Row = dict[str, str]
 def results_table(suite: str, entries: Sequence[Entry]) -> RenderableType:
     """The measured cases as a table; below it what became of the others, and what is wrong."""
     rows = [ROWS[suite](entry) for entry in entries if entry["outcome"] == "measured"]
-    table = _table(rows)
-    return Group(*([table] if rows else []), *(Text(printable(line)) for line in _remarks(entries)))
+    ratios = [f"  {row['case']}: {row[RATIOS]}" for row in rows if row.get(RATIOS)]
+    narrow = [{title: cell for title, cell in row.items() if title != RATIOS} for row in rows]
+    lines = [*([f"{RATIOS}:"] if ratios else []), *ratios, *_remarks(entries)]
+    return Group(*([_table(narrow)] if rows else []), *(Text(printable(line)) for line in lines))
 
 
 def markdown(head: Mapping[str, Any], entries: Sequence[Entry]) -> str:
@@ -44,7 +46,7 @@ def markdown(head: Mapping[str, Any], entries: Sequence[Entry]) -> str:
     lines += _lines([ROWS[head["suite"]](entry) for entry in entries if entry["outcome"] == "measured"])
     lines += [f"- {printable(line)}" for line in _remarks(entries)]
     if records := head.get("resources"):
-        lines += ["", "## Compiled, not run", "", "Our kernels for chips that were not there. No figure of speed.", ""]
+        lines += ["", "## Compiled, not run", "", COMPILED, ""]
         lines += _lines([resources_row(record) for record in records])
     return "\n".join(lines).rstrip() + "\n"
 
@@ -70,8 +72,8 @@ PHASES = {"forward": "forward", "backward": "backward", "update": "optimizer"}
 
 
 def ratio_cells(entry: Entry) -> Row:
-    """`vs <peer>`: how many times our time the peer took."""
-    return {f"vs {peer}": f"{ratio:.2f}" for peer, ratio in entry["ratios"].items()}
+    """How many times our time each peer took, in one cell."""
+    return {RATIOS: "; ".join(f"{peer} {ratio:.2f}" for peer, ratio in entry["ratios"].items())}
 
 
 def encode_row(entry: Entry) -> Row:
@@ -80,12 +82,13 @@ def encode_row(entry: Entry) -> Row:
     return {
         "case": entry["name"],
         "clip": brief(ours["median"]),
-        "p20 to p80": f"{brief(ours['p20'])} to {brief(ours['p80'])}",
+        "p20": brief(ours["p20"]),
+        "p80": brief(ours["p80"]),
         "frames/s": f"{entry['frames_per_second']['ltxforge']:.3g}",
         "weights": size(entry["weights_bytes"] or 0),
-        **{f"above them, {name}": size(peak) for name, peak in peaks.items()},
+        "above them": size(peaks["ltxforge"]) if "ltxforge" in peaks else "",
+        "another function": "; ".join(f"{name} by {apart:.2g}" for name, apart in entry["deviations"].items()),
         **ratio_cells(entry),
-        **{f"{name} differs by": f"{apart:.2g}" for name, apart in entry["deviations"].items()},
     }
 
 
@@ -94,7 +97,7 @@ def memory_row(entry: Entry) -> Row:
     cap = entry["cap_bytes"]
     cells = {"case": entry["name"], "cap": "none" if cap is None else size(cap)}
     for name, median in entry["medians"].items():
-        peaks = entry["peak_bytes"][name]
+        peaks = entry["peak_bytes"][name]  # a card must hold what is reserved
         cells[f"peak, {name}"] = size(peaks.get("reserved", peaks.get("resident", 0)))
         cells[f"step, {name}"] = brief(median)
     return cells
@@ -104,23 +107,24 @@ def kernels_row(entry: Entry) -> Row:
     """Our time and its spread, the rate and its share of the ceiling, launches, the worst gate, and every ratio."""
     times, ours = entry["times"][entry["ours"]], entry["ours"]
     errors = [gate["error"] for gate in entry["gates"] if gate["implementation"] == ours and gate["error"] is not None]
-    shares = [f"{share:.0%} of {name}" for name, share in entry["shares"].items()]
+    shares = [f"{share:.0%} {name.split()[0]}" for name, share in entry["shares"].items()]
     return {
         "case": entry["name"],
         "ours": ours,
         "median": brief(times["median"]),
-        "p20 to p80": f"{brief(times['p20'])} to {brief(times['p80'])}",
-        "as a graph": "" if times["graph"] is None else brief(times["graph"]),
-        "share": ", ".join(shares),
+        "p20": brief(times["p20"]),
+        "p80": brief(times["p80"]),
+        "graph": "" if times["graph"] is None else brief(times["graph"]),
+        "of ceiling": ", ".join(shares),
         "launches": "" if times["launches"] is None else str(times["launches"]),
         "peak": "" if times["peak_bytes"] is None else size(times["peak_bytes"]),
         "error": f"{max(errors):.1e}" if errors else "same bits",
-        RATIOS: ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in entry["ratios"].items()),
+        **ratio_cells(entry),
     }
 
 
 RATIOS = "times our time"
-"""The title of a cell with all ratios, where peers differ from case to case."""
+"""The title of a cell with all ratios, where peers differ from case to case; on a screen they stand below the table."""
 
 
 def brief(seconds: float) -> str:
@@ -133,24 +137,26 @@ def brief(seconds: float) -> str:
 
 def resources_table(records: Sequence[Mapping[str, Any]]) -> RenderableType:
     """What the compiler says of each kernel; no figure of speed."""
-    return Group(
-        Text("compiled for chips that are not here, nothing was run:"), _table([resources_row(r) for r in records])
-    )
+    chips = ", ".join(dict.fromkeys(record["chip"] for record in records))
+    rows = [resources_row(record) for record in records]
+    # As many of them as a screen has room for; the results file has them all.
+    narrow = [{title: row[title] for title in row if title not in ("variants", "chip", "TMA")} for row in rows]
+    return Group(Text(f"compiled for {chips}, which is not here; nothing was run:"), _table(narrow))
 
 
 def resources_row(record: Mapping[str, Any]) -> Row:
     """Of one kernel, the worst of its variants: what it takes of a chip, and the instructions of a good one."""
     return {
-        "launch": record["launch"],
+        "launch": record["launch"].replace("bfloat", "bf").replace("float", "fp"),
         "kernel": record["kernel"],
         "variants": str(record["variants"]),
         "chip": record["chip"],
         "registers": str(record["registers"]),
         "spilled": f"{record['spilled_bytes']} B",
-        "shared": f"{record['shared_bytes'] / 1024:.3g} of {record['shared_limit'] / 1024:.3g} KiB",
-        "tensor core": str(record["tensor_core"]),
+        "shared": f"{record['shared_bytes'] / 1024:.3g} KiB",
+        "dots": str(record["tensor_core"]),
         "TMA": str(record["bulk_copies"]),
-        "widest load, store": f"{record['widest_load']}, {record['widest_store']} B",
+        "load, store": f"{record['widest_load']}, {record['widest_store']} B",
     }
 
 
@@ -168,6 +174,10 @@ ROWS: dict[str, Callable[[Entry], Row]] = {
     "memory": memory_row,
 }
 """Kind of suite → what makes a row of a measured case's entry."""
+COMPILED = (
+    "Our kernels for chips that were not there, the worst of each kernel's variants; no figure of speed. `dots`: how"
+    " many tensor-core instructions; `load, store`: the widest access of one thread to global memory."
+)
 FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "ceilings": rates,
     "clocks": lambda clocks: ", ".join(f"{name} {value}" for name, value in clocks.items()),
@@ -177,10 +187,12 @@ FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 def _remarks(entries: Sequence[Entry]) -> list[str]:
     """What the table does not show: cases without figures, what could not be measured, and faults."""
-    lines = []
+    without: dict[tuple[str, str], list[str]] = {}
     for entry in entries:
         if entry["outcome"] != "measured":
-            lines.append(f"{entry['name']}: {entry['outcome']}. {entry['reason']}")
+            without.setdefault((entry["outcome"], entry["reason"]), []).append(entry["name"])
+    lines = [f"{several(names)}: {outcome}. {reason}" for (outcome, reason), names in without.items()]
+    for entry in entries:
         missing = entry.get("unavailable", {})
         lines += [f"{entry['name']}: {peer} was not measured: {reason}" for peer, reason in missing.items()]
         if entry["outcome"] == "measured":
@@ -188,9 +200,14 @@ def _remarks(entries: Sequence[Entry]) -> list[str]:
     return lines
 
 
+def several(names: Sequence[str]) -> str:
+    """All names, or the first of many and how many more."""
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]} and {len(names) - 1} more"
+
+
 def _titles(rows: Sequence[Row]) -> list[str]:
-    """Every title, in the order in which they come."""
-    return list(dict.fromkeys(title for row in rows for title in row))
+    """Every title that some row has something under, in the order in which they come."""
+    return list(dict.fromkeys(title for row in rows for title in row if any(each.get(title) for each in rows)))
 
 
 def _lines(rows: Sequence[Row]) -> list[str]:
@@ -205,8 +222,7 @@ def _lines(rows: Sequence[Row]) -> list[str]:
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, title in enumerate(titles := _titles(rows)):
-        wraps = title == RATIOS
-        table.add_column(title, justify="left" if wraps or not number else "right", no_wrap=not wraps)
+        table.add_column(title, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(printable(row.get(title, "")) for title in titles))
     return table

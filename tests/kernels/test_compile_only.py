@@ -22,7 +22,11 @@ SMALL = {"finish_kernel"}
 # few tokens times a whole weight, and a LoRA's few ranks.
 SUMS = {"residual_kernel", "table_kernel", "pack_kernel", "small_product_kernel", "branch_kernel"}
 # Kernels that round product and sum apart, as what they must equal to the bit does.
-APART = {"unpack_kernel", "small_product_kernel"}
+APART = {"unpack_kernel", "small_product_kernel", "quantise_kernel", "dequantise_kernel"}
+# An exact division is five fused steps on AMD: two of them for a row's scale.
+STEPS_OF_DIVISIONS = {"quantise_kernel": 10}
+# Kernels whose matrices must be read 16 bytes at once, and the most narrower accesses: scales, bias, and nothing else.
+NARROW = {"product_kernel": 48}
 # (kernel, chip): why its spilled bytes are accepted.
 SPILLS: dict[tuple[str, str], str] = {
     ("tile_kernel", "sm_120"): "Triton 3.6 alone sets 8 bytes of stack aside, whatever the tile",
@@ -59,8 +63,11 @@ def faults(kernel: dict) -> list[str]:
         found.append("multiplies matrices without tensor cores")
     if name not in SMALL and kernel["widest_load"] < 16:
         found.append(f"loads at most {kernel['widest_load']} bytes at once")
-    if name in APART and kernel["fused"]:
+    divisions = STEPS_OF_DIVISIONS.get(name, 0) if kernel["chip"].startswith("gfx") else 0
+    if name in APART and kernel["fused"] != divisions:
         found.append(f"fuses {kernel['fused']} multiplications with additions")
+    if kernel["narrow"] > NARROW.get(name, kernel["narrow"]):
+        found.append(f"has {kernel['narrow']} accesses of less than 16 bytes")
     # AMD's matrix instructions leave four neighbours in a thread: 8 bytes of bf16.
     least = 8 if kernel["dot"] and kernel["chip"].startswith("gfx") else 16
     if name not in SMALL | SUMS and kernel["widest_store"] < least:

@@ -21,7 +21,10 @@ def drawn(*entries: dict) -> ElementTree.Element:
 
 
 def test_faster_bars_go_right_of_even_and_slower_ones_left():
-    svg = drawn(entry({"eager": 4.0, "compile": 0.5}, {"eager": 3.0}), entry({"PEFT": 1.0}))
+    svg = drawn(
+        entry({"eager": 4.0, "compile": 0.5}, {"eager": 3.0}),
+        {**entry({"PEFT": 1.0}), "name": "gelu", "ours": "compile"},
+    )
     bars = {bar.get("class"): bar for bar in svg.iter(f"{SVG}rect")}
     even = next(float(line.get("x1")) for line in svg.iter(f"{SVG}line") if line.get("class") == "even")
     assert len(list(svg.iter(f"{SVG}rect"))) == 3
@@ -31,6 +34,7 @@ def test_faster_bars_go_right_of_even_and_slower_ones_left():
     assert even < floor < even + float(first.get("width")), "4 times is beyond a floor of 3"
     texts = [text.text for text in svg.iter(f"{SVG}text")]
     assert {"eager", "compile", "PEFT", "4.00", "0.50", "adaln"} <= set(texts)
+    assert "gelu, ours: compile" in texts, "what our kernel did not compute is told"
     assert texts[0] == "kernels on NVIDIA <H200> & co"
 
 

@@ -21,16 +21,26 @@ def norm_and_modulate(x, shift, scale, row, inside, eps, D: tl.constexpr, HAS_TA
     rstd = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
     y = x * rstd
     if HAS_TABLE:
-        added = tl.load(shift + row, mask=inside, other=0.0).to(tl.float32)
-        y = y * (1 + tl.load(scale + row, mask=inside, other=0.0).to(tl.float32)) + added
+        y = modulate(y, shift, scale, row, inside)
     return y, rstd
 
 
 @triton.jit
-def norm_gradient(arriving, x, rstd, scale, row, inside, D: tl.constexpr, HAS_TABLE: tl.constexpr):
-    """With n = x·rstd and g = arriving·(1 + scale): ∂/∂x = rstd·(g − n·mean(g·n))."""
-    if HAS_TABLE:
-        arriving = arriving * (1 + tl.load(scale + row, mask=inside, other=0.0).to(tl.float32))
+def modulate(normed, shift, scale, row, inside):
+    """n·(1 + scale) + shift."""
+    added = tl.load(shift + row, mask=inside, other=0.0).to(tl.float32)
+    return stretch(normed, scale, row, inside) + added
+
+
+@triton.jit
+def stretch(values, scale, row, inside):
+    """values·(1 + scale): half of modulation, and its gradient."""
+    return values * (1 + tl.load(scale + row, mask=inside, other=0.0).to(tl.float32))
+
+
+@triton.jit
+def norm_gradient(arriving, x, rstd, D: tl.constexpr):
+    """With n = x·rstd and n's gradient g, which arrives: ∂/∂x = rstd·(g − n·mean(g·n))."""
     normed = x * rstd
     return rstd * (arriving - normed * (tl.sum(arriving * normed, 0) / D))
 
@@ -77,14 +87,16 @@ def backward_kernel(
     HAS_INDEX: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """∂/∂x, as `norm_gradient` says."""
+    """∂/∂x: back through the modulation, and as `norm_gradient` says."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < D
     row = timestep_of(token, index, tokens, HAS_INDEX) * stride + column
     x = tl.load(hidden + token * D + column, mask=inside, other=0.0).to(tl.float32)
     arriving = tl.load(upstream + token * D + column, mask=inside, other=0.0).to(tl.float32)
-    leaving = norm_gradient(arriving, x, tl.load(reciprocal + token), scale, row, inside, D, HAS_TABLE)
+    if HAS_TABLE:
+        arriving = stretch(arriving, scale, row, inside)
+    leaving = norm_gradient(arriving, x, tl.load(reciprocal + token), D)
     tl.store(output + token * D + column, leaving.to(output.dtype.element_ty), mask=inside)
 
 

@@ -121,8 +121,8 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def row_of(table: Tensor | None, row: int | None) -> Tensor | None:
-    """A row of every timestep, [U, D], `stride_of(table)` apart."""
-    return None if table is None else table[:, row]
+    """A row of every timestep, [U, D], `stride_of(table)` apart; None where there is no such row."""
+    return None if table is None or row is None else table[:, row]
 
 
 def stride_of(table: Tensor | None) -> int:

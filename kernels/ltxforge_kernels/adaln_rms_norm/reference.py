@@ -17,11 +17,20 @@ def adaln_rms_norm(
     eps: float = 1e-6,
 ) -> Tensor:
     """[B, T, D]; arguments as in the op."""
-    wide = at_least_float32(hidden)
-    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    normed = rms_norm(at_least_float32(hidden), eps)
     if table is not None:
-        normed = normed * (1 + spread(table, index, scale)) + spread(table, index, shift)
+        normed = modulated(normed, table, index, shift, scale)
     return normed.to(hidden.dtype)
+
+
+def rms_norm(wide: Tensor, eps: float) -> Tensor:
+    """The norm alone, in the dtype that comes in."""
+    return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+
+
+def modulated(normed: Tensor, table: Tensor, index: Tensor | None, shift: int, scale: int) -> Tensor:
+    """n·(1 + scale) + shift, in diffusers' order."""
+    return normed * (1 + spread(table, index, scale)) + spread(table, index, shift)
 
 
 def spread(table: Tensor, index: Tensor | None, row: int) -> Tensor:

@@ -13,7 +13,7 @@ from ltxforge_kernels.cases import Filler, TokenShape
 
 @dataclass(frozen=True)
 class Inputs:
-    """x, a, gates and table with which timestep a token has (None: its sample's), and the gradients of x' and y."""
+    """x, a, gates and table with which timestep a token has (None: its sample's), and the gradients of x', y and z."""
 
     hidden: Tensor
     branch: Tensor
@@ -23,6 +23,7 @@ class Inputs:
     index: Tensor | None
     total_upstream: Tensor
     upstream: Tensor
+    second_upstream: Tensor
 
 
 def inputs(shape: TokenShape, fill: Filler, dtype: torch.dtype = torch.float32, *, distinct: int | None = 2) -> Inputs:
@@ -38,4 +39,5 @@ def inputs(shape: TokenShape, fill: Filler, dtype: torch.dtype = torch.float32, 
         index=norm.index,
         total_upstream=other.upstream,
         upstream=norm.upstream,
+        second_upstream=fill.normal(*norm.hidden.shape, dtype=dtype),
     )

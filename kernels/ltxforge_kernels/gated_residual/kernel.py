@@ -1,14 +1,21 @@
 """Triton kernels of the gated residual: alone, and with the norm that comes next; forward and backward of each.
 
 One program holds one token; WIDTH is the power of two at or above D. Tokens are contiguous; gate, shift and scale point
-at the first timestep's row, a stride apart from the next one's, or are absent. Counts of tokens are never specialised
-on. The tables' gradients are sums over tokens: `adaln_rms_norm` has the kernel.
+at the first timestep's row, a stride apart from the next one's, or are absent. A second shift and scale, of the same
+table, modulate the same norm again. Counts of tokens are never specialised on. The tables' gradients are sums over
+tokens: `adaln_rms_norm` has the kernel.
 """
 
 import triton
 import triton.language as tl
 
-from ltxforge_kernels.adaln_rms_norm.kernel import norm_and_modulate, norm_gradient, timestep_of
+from ltxforge_kernels.adaln_rms_norm.kernel import (
+    modulate,
+    norm_and_modulate,
+    norm_gradient,
+    stretch,
+    timestep_of,
+)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -65,9 +72,12 @@ def norm_forward_kernel(
     gate_index,
     shift,
     scale,
+    second_shift,
+    second_scale,
     index,
     total,
     output,
+    second_output,
     reciprocal,
     tokens,
     gate_stride,
@@ -77,10 +87,11 @@ def norm_forward_kernel(
     HAS_GATE: tl.constexpr,
     HAS_GATE_INDEX: tl.constexpr,
     HAS_TABLE: tl.constexpr,
+    HAS_SECOND: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """x', y, and 1 / sqrt(mean x'² + eps) of the token."""
+    """x', y, z where there is a second pair of rows, and 1 / sqrt(mean x'² + eps) of the token."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < D
@@ -94,6 +105,9 @@ def norm_forward_kernel(
     row = timestep_of(token, index, tokens, HAS_INDEX) * stride + column
     y, rstd = norm_and_modulate(x, shift, scale, row, inside, eps, D, HAS_TABLE)
     tl.store(output + token * D + column, y.to(output.dtype.element_ty), mask=inside)
+    if HAS_SECOND:
+        z = modulate(x * rstd, second_shift, second_scale, row, inside)
+        tl.store(second_output + token * D + column, z.to(second_output.dtype.element_ty), mask=inside)
     tl.store(reciprocal + token, rstd)
 
 
@@ -101,10 +115,12 @@ def norm_forward_kernel(
 def norm_backward_kernel(
     total_upstream,
     upstream,
+    second_upstream,
     total,
     gate,
     gate_index,
     scale,
+    second_scale,
     index,
     reciprocal,
     hidden_gradient,
@@ -116,6 +132,7 @@ def norm_backward_kernel(
     HAS_GATE: tl.constexpr,
     HAS_GATE_INDEX: tl.constexpr,
     HAS_TABLE: tl.constexpr,
+    HAS_SECOND: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -126,7 +143,12 @@ def norm_backward_kernel(
     row = timestep_of(token, index, tokens, HAS_INDEX) * stride + column
     x = tl.load(total + token * D + column, mask=inside, other=0.0).to(tl.float32)
     arriving = tl.load(upstream + token * D + column, mask=inside, other=0.0).to(tl.float32)
-    leaving = norm_gradient(arriving, x, tl.load(reciprocal + token), scale, row, inside, D, HAS_TABLE)
+    if HAS_TABLE:
+        arriving = stretch(arriving, scale, row, inside)
+    if HAS_SECOND:
+        other = tl.load(second_upstream + token * D + column, mask=inside, other=0.0).to(tl.float32)
+        arriving += stretch(other, second_scale, row, inside)
+    leaving = norm_gradient(arriving, x, tl.load(reciprocal + token), D)
     leaving += tl.load(total_upstream + token * D + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(hidden_gradient + token * D + column, leaving.to(hidden_gradient.dtype.element_ty), mask=inside)
     if HAS_GATE:

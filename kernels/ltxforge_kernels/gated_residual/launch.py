@@ -44,7 +44,23 @@ def gated_residual_norm(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """The op on a GPU."""
-    return norm_op(hidden, branch, gates, gate_index, gate, table, index, shift, scale, eps)[:2]
+    return norm_op(hidden, branch, gates, gate_index, gate, table, index, shift, scale, None, None, eps)[:2]
+
+
+def gated_residual_norm_twice(
+    hidden: Tensor,
+    branch: Tensor,
+    gates: Tensor | None,
+    gate_index: Tensor | None,
+    gate: int | None,
+    table: Tensor,
+    index: Tensor | None,
+    first: tuple[int, int],
+    second: tuple[int, int],
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op on a GPU."""
+    return norm_op(hidden, branch, gates, gate_index, gate, table, index, *first, *second, eps)[:3]
 
 
 def launch_residual(hidden: Tensor, branch: Tensor, gates: Tensor, gate_index: Tensor | None, gate: int) -> Tensor:
@@ -84,25 +100,31 @@ def launch_norm(
     index: Tensor | None,
     shift: int | None,
     scale: int | None,
+    second_shift: int | None,
+    second_scale: int | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x' and y [B, T, D], and rstd [B, T], float32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x', y and z [B, T, D], and rstd [B, T], float32; z is empty without a second pair of rows."""
     hidden, branch, gates, table = hidden.contiguous(), branch.contiguous(), contiguous(gates), contiguous(table)
     gate_index, index = contiguous(gate_index), contiguous(index)
     total, output = torch.empty_like(hidden), torch.empty_like(hidden)
+    second_output = hidden.new_empty(0) if second_scale is None else torch.empty_like(hidden)
     reciprocal = hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
     if hidden.numel():
-        inputs = (hidden, branch, row_of(gates, gate), gate_index, row_of(table, shift), row_of(table, scale), index)
+        rows = [row_of(table, row) for row in (shift, scale, second_shift, second_scale)]
+        inputs = (hidden, branch, row_of(gates, gate), gate_index, *rows, index)
+        outputs = (total, output, second_output, reciprocal)
         numbers = (hidden.shape[1], stride_of(gates), stride_of(table), eps)
-        options = {**token_options("norm_forward", hidden), **flags(gates, gate_index, table, index)}
+        options = {**token_options("norm_forward", hidden), **flags(gates, gate_index, table, second_scale, index)}
         with launching_on(hidden):
-            kernel.norm_forward_kernel[grid_of(hidden)](*inputs, total, output, reciprocal, *numbers, **options)
-    return total, output, reciprocal
+            kernel.norm_forward_kernel[grid_of(hidden)](*inputs, *outputs, *numbers, **options)
+    return total, output, second_output, reciprocal
 
 
 def launch_norm_backward(
     total_upstream: Tensor,
     upstream: Tensor,
+    second_upstream: Tensor | None,
     total: Tensor,
     gates: Tensor | None,
     gate_index: Tensor | None,
@@ -110,6 +132,7 @@ def launch_norm_backward(
     table: Tensor | None,
     index: Tensor | None,
     scale: int | None,
+    second_scale: int | None,
     reciprocal: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """∂/∂hidden and ∂/∂branch [B, T, D]; the second is empty without gates, since both are then the same."""
@@ -118,12 +141,15 @@ def launch_norm_backward(
     of_hidden = torch.empty_like(total)
     of_branch = total.new_empty(0) if gates is None else torch.empty_like(total)
     if total.numel():
-        inputs = (total_upstream.contiguous(), upstream.contiguous(), total, row_of(gates, gate), gate_index)
-        norm = (row_of(table, scale), index, reciprocal)
+        upstreams = (total_upstream.contiguous(), upstream.contiguous(), contiguous(second_upstream))
+        gated = (row_of(gates, gate), gate_index)
+        norm = (row_of(table, scale), row_of(table, second_scale), index, reciprocal)
         numbers = (total.shape[1], stride_of(gates), stride_of(table))
-        options = {**token_options("norm_backward", total), **flags(gates, gate_index, table, index)}
+        options = {**token_options("norm_backward", total), **flags(gates, gate_index, table, second_scale, index)}
         with launching_on(total):
-            kernel.norm_backward_kernel[grid_of(total)](*inputs, *norm, of_hidden, of_branch, *numbers, **options)
+            kernel.norm_backward_kernel[grid_of(total)](
+                *upstreams, total, *gated, *norm, of_hidden, of_branch, *numbers, **options
+            )
     return of_hidden, of_branch
 
 
@@ -140,10 +166,14 @@ def token_options(name: str, hidden: Tensor) -> dict[str, int]:
 
 
 def flags(
-    gates: Tensor | None, gate_index: Tensor | None, table: Tensor | None, index: Tensor | None
+    gates: Tensor | None,
+    gate_index: Tensor | None,
+    table: Tensor | None,
+    second_scale: int | None,
+    index: Tensor | None,
 ) -> dict[str, bool]:
-    given = {"HAS_GATE": gates, "HAS_GATE_INDEX": gate_index, "HAS_TABLE": table, "HAS_INDEX": index}
-    return {name: tensor is not None for name, tensor in given.items()}
+    given = {"HAS_GATE": gates, "HAS_GATE_INDEX": gate_index, "HAS_TABLE": table, "HAS_SECOND": second_scale}
+    return {name: value is not None for name, value in {**given, "HAS_INDEX": index}.items()}
 
 
 @torch.library.custom_op("ltxforge::gated_residual", mutates_args=())
@@ -187,16 +217,33 @@ def norm_op(
     index: Tensor | None,
     shift: int | None,
     scale: int | None,
+    second_shift: int | None,
+    second_scale: int | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_norm(hidden, branch, gates, gate_index, gate, table, index, shift, scale, eps)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    norm = (table, index, shift, scale, second_shift, second_scale)
+    return launch_norm(hidden, branch, gates, gate_index, gate, *norm, eps)
 
 
 @norm_op.register_fake
-def _(hidden: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    hidden: Tensor,
+    branch: Tensor,
+    gates: Tensor | None,
+    gate_index: Tensor | None,
+    gate: int | None,
+    table: Tensor | None,
+    index: Tensor | None,
+    shift: int | None,
+    scale: int | None,
+    second_shift: int | None,
+    second_scale: int | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         hidden.new_empty(hidden.shape),
         hidden.new_empty(hidden.shape),
+        hidden.new_empty(0 if second_scale is None else hidden.shape),
         hidden.new_empty(hidden.shape[:2], dtype=torch.float32),
     )
 
@@ -205,6 +252,7 @@ def _(hidden: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
 def norm_backward_op(
     total_upstream: Tensor,
     upstream: Tensor,
+    second_upstream: Tensor | None,
     total: Tensor,
     gates: Tensor | None,
     gate_index: Tensor | None,
@@ -212,16 +260,22 @@ def norm_backward_op(
     table: Tensor | None,
     index: Tensor | None,
     scale: int | None,
+    second_scale: int | None,
     reciprocal: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    return launch_norm_backward(
-        total_upstream, upstream, total, gates, gate_index, gate, table, index, scale, reciprocal
-    )
+    upstreams = (total_upstream, upstream, second_upstream)
+    norm = (table, index, scale, second_scale)
+    return launch_norm_backward(*upstreams, total, gates, gate_index, gate, *norm, reciprocal)
 
 
 @norm_backward_op.register_fake
 def _(
-    total_upstream: Tensor, upstream: Tensor, total: Tensor, gates: Tensor | None, *_: object
+    total_upstream: Tensor,
+    upstream: Tensor,
+    second_upstream: Tensor | None,
+    total: Tensor,
+    gates: Tensor | None,
+    *_: object,
 ) -> tuple[Tensor, Tensor]:
     return total.new_empty(total.shape), total.new_empty(0 if gates is None else total.shape)
 
@@ -242,24 +296,31 @@ def residual_gradient(ctx: Context, upstream: Tensor) -> tuple[Tensor | None, ..
 
 
 def keep_for_norm_gradient(ctx: Context, inputs: tuple, output: tuple) -> None:
-    _, branch, gates, gate_index, ctx.gate, table, index, ctx.shift, ctx.scale, _ = inputs
-    total, _, reciprocal = output
+    _, branch, gates, gate_index, ctx.gate, table, index, ctx.shift, ctx.scale, *ctx.second, _ = inputs
+    total, _, _, reciprocal = output
     ctx.mark_non_differentiable(reciprocal)
     kept = branch if ctx.needs_input_grad[2] else None
     ctx.save_for_backward(kept, gates, gate_index, table, index, total, reciprocal)
 
 
-def norm_gradient(ctx: Context, total_upstream: Tensor, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def norm_gradient(
+    ctx: Context, total_upstream: Tensor, upstream: Tensor, second_upstream: Tensor, _: None
+) -> tuple[Tensor | None, ...]:
     branch, gates, gate_index, table, index, total, reciprocal = ctx.saved_tensors
-    modulated = (gates, gate_index, ctx.gate, table, index, ctx.scale)
-    of_hidden, of_branch = norm_backward_op(total_upstream, upstream, total, *modulated, reciprocal)
+    second_shift, second_scale = ctx.second
+    upstreams = (total_upstream, upstream, None if second_scale is None else second_upstream)
+    modulated = (gates, gate_index, ctx.gate, table, index, ctx.scale, second_scale)
+    of_hidden, of_branch = norm_backward_op(*upstreams, total, *modulated, reciprocal)
     of_gates = of_table = None
     if ctx.needs_input_grad[2]:
         of_gates = gates_gradient_op(of_hidden, branch, gates, gate_index, ctx.gate)
     if ctx.needs_input_grad[5]:
-        of_table = table_gradient_op(upstream, total, table, index, reciprocal, ctx.shift, ctx.scale)
+        kept = (total, table, index, reciprocal)
+        of_table = table_gradient_op(upstream, *kept, ctx.shift, ctx.scale)
+        if second_scale is not None:
+            of_table = of_table + table_gradient_op(second_upstream, *kept, second_shift, second_scale)
     of_branch = of_hidden if gates is None else of_branch
-    return of_hidden, of_branch, of_gates, None, None, of_table, None, None, None, None
+    return of_hidden, of_branch, of_gates, None, None, of_table, *(None,) * 6
 
 
 residual_op.register_autograd(residual_gradient, setup_context=keep_for_residual_gradient)
