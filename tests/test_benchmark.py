@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ from ltxforge_kernels.gelu import reference as gelu_reference
 
 from ltxforge import benchmark
 from ltxforge.benchmarks import ceilings
-from ltxforge.errors import BenchmarkError, PlanError
+from ltxforge.benchmarks.ops.table import SUBJECTS
+from ltxforge.errors import BenchmarkError, PlanError, Stopped
 from ltxforge.hardware import detect
 from ltxforge.models import random_weights
 from ltxforge.specs import SPECS, TINY
@@ -278,6 +280,32 @@ def test_a_baseline_of_another_device_is_refused_before_anything_is_measured(ker
 def test_the_command_names_our_own_suites_by_a_word():
     assert benchmark.command(find("kernels"), ()) == "ltxforge bench kernels"
     assert benchmark.command(Path("my/kernels.toml"), ["a b"]) == "ltxforge bench my/kernels.toml --case 'a b'"
+
+
+def test_two_suites_lie_in_one_folder(kernel_bench, tmp_path):
+    suites = [
+        (KernelSuite(suite="kernels", case=[kernel_case("a")]), Path(f"bench/{name}.toml")) for name in ("k", "l")
+    ]
+    benchmark.run(suites, benchmark.Request(out=tmp_path / "out"), Plain(io.StringIO()))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "k.json", "k.md", "k.svg", "l.json", "l.md", "l.svg",
+    ]  # fmt: skip
+
+
+def test_a_stop_keeps_what_was_measured(kernel_bench, monkeypatch):
+    """The signal comes while the second of three cases is measured."""
+    inputs = SUBJECTS["adaln_rms_norm"]
+
+    def interrupted(case, device):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return inputs(case, device)
+
+    monkeypatch.setitem(SUBJECTS, "adaln_rms_norm", interrupted)
+    second = kernel_case("second", op="adaln_rms_norm", peers=[], floors={})
+    with pytest.raises(Stopped, match="in the middle of second"):
+        kernel_bench(kernel_case("first"), second, kernel_case("third"))
+    assert names(kernel_bench.written()) == ["first"] and kernel_bench.written()["left"] == ["second", "third"]
+    assert kernel_bench.out.with_suffix(".md").exists()
 
 
 def test_one_file_holds_one_suite(tmp_path):

@@ -9,9 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from ltxforge_kernels.precision import FLOORS, sqnr
 from torch import Tensor
 
-from ltxforge.benchmarks.subject import Bounds, Contender, DeviceFiller, Inputs, Subject, asked, in_float64, together
+from ltxforge.benchmarks.subject import (
+    Bounds,
+    Contender,
+    DeviceFiller,
+    Inputs,
+    Subject,
+    Unquantised,
+    asked,
+    in_float64,
+    together,
+)
 from ltxforge.suites.kernels import Gate
 
 SEED = 1_000_003
@@ -44,6 +55,8 @@ def gates_of(
     for name in implementations:
         values = eager if name == "eager" else _everything(subject.ours(name), given, leaves, upstream)
         found += _checked(name, values, truth, eager, subject.bounds)
+        if subject.unquantised:
+            found.append(_noise(name, values["output 0"], subject.unquantised, given))
         if device.type == "cuda" and name == "triton":
             again = _everything(subject.ours(name), given, leaves, upstream)
             same = all(torch.equal(values[what], again[what]) for what in values)
@@ -112,6 +125,13 @@ def _checked(
     return found
 
 
+def _noise(name: str, value: Tensor, unquantised: Unquantised, given: Inputs) -> Gate:
+    """Whether quantising leaves what its format must leave, on this data, which is Gaussian."""
+    with torch.no_grad():
+        left, floor = sqnr(unquantised.ideal(in_float64(given)), value.double()), FLOORS[unquantised.format]
+    return Gate(name, f"{left:.1f} dB of signal to quantisation noise, at least {floor:.0f}", left >= floor)
+
+
 def relative_error(result: Tensor, truth: Tensor) -> float:
     """‖result − truth‖ / ‖truth‖ in float64. NaN anywhere gives NaN, and no bound holds."""
     if result.shape != truth.shape:
@@ -124,6 +144,6 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
 def told(gate: Gate) -> str:
     """A red gate in words."""
     if gate.error is None:
-        return f"{gate.implementation}: {gate.what}: not so"
+        return f"{gate.implementation}: {gate.what}: {'so' if gate.passed else 'not so'}"
     beside = "" if gate.eager_error is None else f", eager {gate.eager_error:.2e}"
     return f"{gate.implementation}: {gate.what}: relative error {gate.error:.2e}, at most {gate.bound:.2e}{beside}"

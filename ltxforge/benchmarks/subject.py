@@ -84,6 +84,19 @@ class Bounds:
 
 
 @dataclass(frozen=True)
+class Unquantised:
+    """What a quantised op stands for: the same without quantising, and the noise that its format may leave.
+
+    Attributes:
+        format: one of `ltxforge_kernels.precision.FLOORS`.
+        ideal: what the op would compute of a set of inputs, in float64.
+    """
+
+    format: str
+    ideal: Callable[[Inputs], Tensor]
+
+
+@dataclass(frozen=True)
 class Subject:
     """One op at one shape.
 
@@ -93,6 +106,7 @@ class Subject:
         leaves: names of the inputs whose gradients training asks for.
         peers: name → makes the peer, or raises `PeerMissing`.
         bounds: what the gate demands; the truth is eager in float64.
+        unquantised: of an op with few bits, what it approximates.
     """
 
     inputs: Callable[[Filler], Inputs]
@@ -101,6 +115,7 @@ class Subject:
     leaves: tuple[str, ...] = ()
     peers: Mapping[str, Callable[[], Contender]] = field(default_factory=dict)
     bounds: Bounds = Bounds()
+    unquantised: Unquantised | None = None
 
 
 def together(outputs: Outputs) -> tuple[Tensor, ...]:

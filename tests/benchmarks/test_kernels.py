@@ -83,6 +83,22 @@ def planted(monkeypatch, op: str, **changes: object) -> None:
     monkeypatch.setitem(SUBJECTS, op, changed)
 
 
+@pytest.mark.parametrize(("op", "least"), [("int8_w8a8", 35), ("fp8_linear", 27), ("nf4_linear", 20)])
+def test_few_bits_leave_what_their_format_must(op, least):
+    result = measure(make_case(op, width=512))
+    (told,) = [gate.what for gate in result.gates if "quantisation noise" in gate.what]
+    assert least <= float(told.split()[0]) < least + 10 and told.endswith(f"at least {least}")
+
+
+def test_more_noise_than_a_format_may_leave_is_red(monkeypatch):
+    def noisy(subject):
+        return dataclasses.replace(subject.unquantised, ideal=lambda given: 1.1 * given.x @ given.weight.T)
+
+    planted(monkeypatch, "fp8_linear", unquantised=noisy)
+    result = measure(make_case("fp8_linear"))
+    assert result.outcome == "gate failed" and "quantisation noise, at least 27: not so" in result.reason
+
+
 def test_a_red_gate_reports_no_speed(monkeypatch):
     """The truth is eager in float64, so that eager itself, wrong in its own dtype alone, is red."""
 

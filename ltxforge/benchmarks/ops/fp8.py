@@ -7,7 +7,7 @@ from ltxforge_kernels.fp8 import fp8_linear
 from ltxforge_kernels.fp8.inputs import inputs
 
 from ltxforge.benchmarks.ops.linear import base_alone, product_work
-from ltxforge.benchmarks.subject import Bounds, Contender, Subject
+from ltxforge.benchmarks.subject import Bounds, Contender, Subject, Unquantised
 from ltxforge.hardware import torch_dtype
 from ltxforge.suites.kernels import KernelCase
 
@@ -27,4 +27,5 @@ def linear_subject(case: KernelCase, device: torch.device) -> Subject:  # noqa: 
         peers={"base alone": lambda: Contender(base_alone, is_whole=False)},
         # The product is PyTorch's: how it sums is the chip's, and a gradient may fall beside a rounding.
         bounds=Bounds(output=4e-3, gradient=8e-3, beside_eager=False),
+        unquantised=Unquantised("fp8", base_alone),
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ltxforge.benchmarks.ceilings import FP8
 from ltxforge.benchmarks.ops.linear import addmm_per_projection, base_alone, product_work
-from ltxforge.benchmarks.subject import Bounds, Contender, Subject, Work, compiled
+from ltxforge.benchmarks.subject import Bounds, Contender, Subject, Unquantised, Work, compiled
 from ltxforge.hardware import torch_dtype
 from ltxforge.suites.kernels import KernelCase
 
@@ -95,6 +95,7 @@ def w8a8_subject(case: KernelCase, device: torch.device) -> Subject:  # noqa: AR
         },
         # A gradient that is quantised falls on the other side of a rounding here and there.
         bounds=Bounds(gradient=6e-3),
+        unquantised=Unquantised("w8a8", lambda given: base_alone(given) + _branch(given)),
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ltxforge.benchmarks.ops.linear import base_alone, product_work
-from ltxforge.benchmarks.subject import Bounds, Contender, PeerMissing, Subject, Work
+from ltxforge.benchmarks.subject import Bounds, Contender, PeerMissing, Subject, Unquantised, Work
 from ltxforge.hardware import torch_dtype
 from ltxforge.suites.kernels import KernelCase
 
@@ -102,6 +102,7 @@ def linear_subject(case: KernelCase, device: torch.device) -> Subject:
         },
         # The truth multiplies the weight that is stored, which bf16 products see rounded to bf16.
         bounds=Bounds(output=2.6e-3, gradient=2.6e-3),
+        unquantised=Unquantised("nf4", base_alone),
     )
 
 
