@@ -29,7 +29,8 @@ def subject(case: KernelCase, device: torch.device) -> Subject:
         return replace(given, a=given.a.to(dtype).float(), b=given.b.to(dtype).float())
 
     def alone() -> Contender:
-        return Contender(base_alone, is_whole=False)
+        """W contiguous, as without a LoRA, and not a view of [W | B]."""
+        return Contender(base_alone, lambda given: replace(given, weight=given.weight.contiguous()), is_whole=False)
 
     return Subject(
         inputs=made,
