@@ -45,9 +45,11 @@ LEAST_COSINE = {"fp32": 1 - 1e-9, "bf16": 0.9999, "w8a8": 0.999, "fp8": 0.999, "
 LARGEST_DEVIATION = 0.02
 """Of the overfit curve from the stock step's, in the means of windows."""
 WINDOW = 20
-LEARNED = 0.95
+LEARNED = 0.99
 """What is left of the loss at most when a whole curve ends: one that does not fall shows nothing."""
-OVERFIT_STEPS, OVERFIT_BLOCKS, OVERFIT_SHAPE, OVERFIT_RATE = 200, 2, ClipShape(64, 64, 9), 1e-3
+OVERFIT_STEPS, OVERFIT_BLOCKS, OVERFIT_SHAPE = 200, 2, ClipShape(64, 64, 9)
+OVERFIT_RATE, OVERFIT_WIDTH = 1e-3, 128
+"""The learning rate at this width, and less at larger ones, whose steps reach further."""
 SHARE_OF_MEMORY = 0.4
 """Of the device's memory, for both models' weights; the rest is for activations and gradients."""
 ADAPTED = 0.02
@@ -173,9 +175,10 @@ def overfit(case: StepCase, plan: Plan, hardware: Hardware, stop: StopRequest) -
     device, steps = torch_device(hardware.kind), case.overfit_steps
     spec = with_blocks(case.spec, min(case.spec.blocks, OVERFIT_BLOCKS))
     small = case.model_copy(update={"size": str(OVERFIT_SHAPE), "accumulate": 1})
+    rate = OVERFIT_RATE * math.sqrt(OVERFIT_WIDTH / spec.width)
     plan = dataclasses.replace(
         plan_of(small, hardware), steps=steps, kernels=plan.kernels,
-        optimizer=dataclasses.replace(plan.optimizer, learning_rate=OVERFIT_RATE),
+        optimizer=dataclasses.replace(plan.optimizer, learning_rate=rate),
     )  # fmt: skip
     model, optimizer = trainable(plan, small, spec, device)
     batch, start = synthetic_batch(small, model), copied(adapter_parameters(model.transformer))

@@ -56,6 +56,30 @@ def test_every_op_by_eager_s_definition_passes():
     assert red(step_gates(case, dataclasses.replace(plan, kernels=everything("eager")), CPU_HARDWARE)) == ""
 
 
+IN_THE_INTERPRETER = pytest.mark.skipif(
+    not (CPU_HARDWARE.interpreted and CPU_HARDWARE.triton), reason="kernels on a CPU want Triton and TRITON_INTERPRET=1"
+)
+
+
+@IN_THE_INTERPRETER
+@pytest.mark.parametrize("base", ["tiny/ltx-video", "tiny/ltx2"])
+def test_every_kernel_of_ours_passes(base, monkeypatch):
+    """Both ways through one block, in Triton's interpreter."""
+    monkeypatch.setattr(quality, "blocks_that_fit", lambda _spec, _hardware: 1)
+    case, plan = case_of(base, checkpointing=0)
+    gates = step_gates(case, dataclasses.replace(plan, kernels=everything("triton")), CPU_HARDWARE)
+    assert red(gates) == "" and gates[1].error > 0, "other kernels round otherwise"
+
+
+@IN_THE_INTERPRETER
+@pytest.mark.sweep
+def test_kernels_of_ours_follow_the_stock_step_s_curve():
+    case, plan = case_of(overfit_steps=6)
+    plan = dataclasses.replace(plan, kernels=everything("triton"))
+    (gate,) = overfit_gates(case, plan, CPU_HARDWARE, StopRequest())
+    assert gate.passed and gate.error <= 1e-5
+
+
 def test_a_wrong_gradient_alone_turns_the_gate_red(monkeypatch):
     """The loss is right to the last bit: one layer's A learns at half the speed."""
     whole = quality.our_step
