@@ -21,7 +21,8 @@ class LoraLinear(lora.Linear):
     """PEFT's LoRA linear with an explicit precision rule. Plain LoRA, one active adapter, nothing merged.
 
     `augmented` [N, K + tail] holds W with a rounded copy of B behind it, where our kernels compute a 16-bit layer: then
-    the weight is a view of it, so that both are one matrix product. Derived: never saved, and as new as B at each use.
+    the weight is a view of it, so that both are one matrix product. Derived: never saved, and as new as B at each use;
+    a compiled forward leaves that to `refresh`.
     """
 
     kernels: Kernels = EAGER
@@ -46,6 +47,8 @@ class LoraLinear(lora.Linear):
             return self.base_layer(F.gelu(x, approximate="tanh") if activation == "gelu" else x)
         (adapter,) = active
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        if not torch.compiler.is_compiling():  # which asks `refresh` before
+            self.refresh()
         kept, keep = self._kept(x, adapter)
         return lora_linear(
             x,
@@ -57,7 +60,7 @@ class LoraLinear(lora.Linear):
             kept,
             keep,
             activation,
-            self._augmented(b),
+            self.augmented,
             implementation=self.kernels.on("lora_linear", x.shape),
         )
 
@@ -66,12 +69,14 @@ class LoraLinear(lora.Linear):
         dropout = getattr(self.lora_dropout[adapter], "p", 0.0)
         return (draw_kept(x, 1 - dropout), 1 - dropout) if self.training and dropout else (None, 1.0)
 
-    def _augmented(self, b: Tensor) -> Tensor | None:
-        """W with B as it is now. Between a forward and its backward B does not change, so neither does this."""
-        if self.augmented is not None and self._copied != (id(b), b._version):
+    def refresh(self) -> None:
+        """Copy B behind W if it has changed since. Between a forward and its backward it does not."""
+        if self.augmented is None:
+            return
+        (b,) = [each.weight for each in self.lora_B.values()]
+        if self._copied != (id(b), b._version):
             refresh(self.augmented, b)
             self._copied = (id(b), b._version)
-        return self.augmented
 
     def _store(self, augmented: Tensor) -> None:
         self.augmented, self._copied = augmented, None

@@ -6,17 +6,17 @@ Decides the encoders' usual dtype. Knows no family: how parts are made, and what
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from ltxforge_kernels.choice import EAGER, Kernels
+from ltxforge_kernels.qk_norm_rope import Rope
 from torch import nn
 
 from ltxforge.specs import ModelSpec
 
 # Batches of one size follow each other. Eager rotation keeps full tables, 100 to 150 MB at 768x512x121.
 ROPES_KEPT = 4
-Made = TypeVar("Made")
 
 
 class HasTransformer(Protocol):
@@ -50,7 +50,7 @@ class BaseModel:
         self._transformer: Any = None
         self._checkpoint_every = 0
         self.kernels: Kernels = EAGER
-        self._ropes: dict[Any, Any] = {}
+        self._ropes: dict[Any, tuple[Rope, ...]] = {}
 
     @property
     def transformer(self) -> Any:
@@ -68,10 +68,13 @@ class BaseModel:
         assert every >= 0
         self._checkpoint_every = every
 
-    def _rope(self, key: Any, make: Callable[[], Made]) -> Made:
+    def _ropes_of(self, key: Any, make: Callable[[], tuple[Rope, ...]]) -> tuple[Rope, ...]:
         """The rotary tables of one size of clip, made when they are first needed; the last few are kept."""
         if key not in self._ropes:
             while len(self._ropes) >= ROPES_KEPT:
                 del self._ropes[next(iter(self._ropes))]
             self._ropes[key] = make()
+            if self.kernels.of("qk_norm_rope") != "triton":
+                for rope in self._ropes[key]:
+                    rope.prepare()
         return self._ropes[key]

@@ -18,6 +18,7 @@ from diffusers import (
     AutoencoderKLLTX2Video,
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
+from ltxforge_kernels.qk_norm_rope import Rope
 from PIL import Image
 from torch import Tensor, nn
 
@@ -26,7 +27,6 @@ from ltxforge.modalities import MODALITIES, Streams, has
 from ltxforge.models import ltx2_text
 from ltxforge.models.audio_features import latent_length, log_mel, mel_frames
 from ltxforge.models.base_model import BaseModel
-from ltxforge.models.blocks import Rope
 from ltxforge.models.interface import (
     Latents,
     Noisy,
@@ -101,7 +101,7 @@ class LTX2Video(BaseModel):
 
     def _stream(self, name: str, noisy: NoisyTokens, embeds: Tensor, mask: Tensor | None, clip: Noisy) -> Stream:
         assert has(self.modalities, name), f"{name} takes no part in a run on {self.modalities}"
-        rope, cross_rope = self._ropes_of(name, clip, noisy.tokens.shape[1])
+        rope, cross_rope = self._both_ropes(name, clip, noisy.tokens.shape[1])
         return Stream(
             tokens=noisy.tokens.to(self.device, self.dtype),
             timesteps=noisy.timesteps,
@@ -113,12 +113,13 @@ class LTX2Video(BaseModel):
             present=None if noisy.present is None else noisy.present.to(self.device),
         )
 
-    def _ropes_of(self, name: str, clip: Noisy, tokens: int) -> tuple[Rope, Rope]:
+    def _both_ropes(self, name: str, clip: Noisy, tokens: int) -> tuple[Rope, ...]:
+        """For self attention, and for cross attention."""
         if name == "video":
             assert tokens == clip.shape.tokens
             place = (self.transformer, clip.shape, clip.fps, self.device)
-            return self._rope((clip.shape, clip.fps), lambda: video_ropes(*place))
-        return self._rope(tokens, lambda: audio_ropes(self.transformer, tokens, self.device))
+            return self._ropes_of((clip.shape, clip.fps), lambda: video_ropes(*place))
+        return self._ropes_of(tokens, lambda: audio_ropes(self.transformer, tokens, self.device))
 
     def encode_prompts(
         self, wanted: Sequence[WantedPrompt], tokens: int, on_read: Callable[[int], None] = lambda _: None

@@ -217,12 +217,10 @@ class LTXVideo(BaseModel):
         assert video is not None and noisy.streams.audio is None and prompts.embeds.video is not None
         assert video.tokens.shape[1] == noisy.shape.tokens and prompts.mask is not None
         embeds, mask = prompts.embeds.video.to(self.device, self.dtype), prompts.mask.to(self.device)
-        tokens, factors = (
-            video.tokens.to(self.device, self.dtype),
-            (self.spec.spatial_factor, self.spec.temporal_factor),
-        )
+        tokens = video.tokens.to(self.device, self.dtype)
+        factors = self.spec.spatial_factor, self.spec.temporal_factor
         place = (self.transformer, self.rope, noisy.shape, noisy.fps, self.device, *factors)
-        rope = self._rope((noisy.shape, noisy.fps), lambda: rope_tables(*place))
+        (rope,) = self._ropes_of((noisy.shape, noisy.fps), lambda: (rope_tables(*place),))
         given = (tokens, embeds, mask, video.timesteps, rope)
         return Streams(transformer_forward(self.transformer, *given, self._checkpoint_every, self.kernels))
 

@@ -11,9 +11,10 @@ from ltxforge_kernels.choice import EAGER, Kernels, everything
 from ltxforge import trainer
 from ltxforge.dataset.batches import Batch
 from ltxforge.lora.inject import adapter_parameters, inject
+from ltxforge.lora.linear import LoraLinear
 from ltxforge.lora.targets import match
 from ltxforge.modalities import Streams
-from ltxforge.models import ltx2_tiny, tiny
+from ltxforge.models import ltx2, ltx2_tiny, ltx_video, tiny
 from ltxforge.models.interface import PromptEmbeddings, VideoModel
 from ltxforge.models.ltx2_video import LTX2Video
 from ltxforge.models.ltx_video import LTXVideo
@@ -24,7 +25,8 @@ from ltxforge.specs import TINY, ModelSpec
 triton = pytest.importorskip("triton")
 DEVICE = torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
 SHAPE, FPS, STEP, PROMPT, LENGTH = LatentShape(2, 2, 2), 24.0, 5, 6, 5
-BASES = ["tiny/ltx-video-0.9.1", "tiny/ltx-video", "tiny/ltx2", "tiny/ltx2.3"]
+LONG = ["tiny/ltx-video-0.9.1", "tiny/ltx2"]
+BASES = ["tiny/ltx-video", "tiny/ltx2.3", *(pytest.param(base, marks=pytest.mark.sweep) for base in LONG)]
 # Of sums in another order.
 LOSS_BOUND, GRADIENT_BOUND = 1e-6, 1e-5
 
@@ -94,6 +96,9 @@ def step(
     """Losses of the samples and the gradient of every LoRA weight."""
     model = make_model(base, plan, kernels, dtype)
     model.set_checkpointing(checkpointing)
+    for module in model.transformer.modules():
+        if isinstance(module, LoraLinear):
+            module.refresh()  # which a compiled block leaves to its caller
     losses = torch.cat([each.by_sample for _, each in trainer.forward(plan, model, make_batch(base), STEP, 0).items()])
     losses.sum().backward()
     return losses.detach(), {name: p.grad for name, p in adapter_parameters(model.transformer).items()}
@@ -140,3 +145,26 @@ def test_checkpointing_changes_no_bit(dropout, plan_maker):
     assert torch.equal(results[0][0], results[1][0])
     for name, gradient in results[0][1].items():
         assert torch.equal(gradient, results[1][1][name]), name
+
+
+BLOCKS = [
+    (ltx_video, "tiny/ltx-video", "triton", 1),
+    (ltx_video, "tiny/ltx-video", "eager", 1),
+    (ltx2, "tiny/ltx2.3", "triton", 0),
+    pytest.param(ltx2, "tiny/ltx2.3", "triton", 1, marks=pytest.mark.sweep),
+    pytest.param(ltx2, "tiny/ltx2.3", "eager", 1, marks=pytest.mark.sweep),
+]
+
+
+@pytest.mark.parametrize(("family", "base", "implementation", "checkpointing"), BLOCKS)
+def test_a_block_is_one_graph(family, base, implementation, checkpointing, plan_maker, monkeypatch):
+    """torch.compile finds no break in a block, and changes no bit of the step."""
+    plan, kernels = plan_for(base, plan_maker), everything(implementation)
+    plain = step(base, plan, kernels, torch.bfloat16)
+    torch._dynamo.reset()
+    whole = torch.compile(family.block_forward, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(family, "block_forward", whole)
+    compiled = step(base, plan, kernels, torch.bfloat16, checkpointing)
+    assert torch.equal(plain[0], compiled[0])
+    for name, gradient in plain[1].items():
+        assert torch.equal(gradient, compiled[1][name]), name

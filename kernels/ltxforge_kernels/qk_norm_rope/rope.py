@@ -50,6 +50,10 @@ class Rope:
         """D."""
         return 2 * (self.padding + self.rows.shape[1] * self.cos.shape[1])
 
+    def prepare(self) -> None:
+        """Make `full` now, for who needs it in a function that is traced or computed twice."""
+        _ = self.full
+
     @property
     def full(self) -> tuple[Tensor, Tensor]:
         """cos and sin as diffusers makes them, made when they are first asked for and kept; see `expand`."""
