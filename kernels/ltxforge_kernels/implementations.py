@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -16,12 +17,18 @@ from ltxforge_kernels.choice import IMPLEMENTATIONS
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
+# A model calls one reference with every shape that its layers have; PyTorch would give up at the ninth.
+MOST_SHAPES = 256
+
 Function = TypeVar("Function", bound=Callable)
 
 
 @functools.cache
 def compiled(reference: Function) -> Function:
     """torch.compile of a reference, one per process; it compiles when it is first called, again for new shapes."""
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # since torch 2.13
+        return torch.compile(reference, fullgraph=True, recompile_limit=MOST_SHAPES)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
     return torch.compile(reference, fullgraph=True)
 
 
