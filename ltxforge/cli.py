@@ -56,6 +56,7 @@ Against = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep what --out already holds, measure the rest.")]
 Minutes = Annotated[float | None, typer.Option(min=0, help="Begin no further case after so many minutes.")]
+Calls = Annotated[bool, typer.Option("--calls", help="List also which op a step calls on which tensors.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory; default runs/<recipe name>.")]
 Plain = Annotated[bool, typer.Option("--plain", help="Plain lines instead of a live display.")]
 
@@ -77,10 +78,10 @@ def check(recipe: Recipe, set_: Set = None) -> None:
 
 
 @app.command()
-def plan(recipe: Recipe, set_: Set = None, out: Out = None, plain: Plain = False) -> None:
+def plan(recipe: Recipe, set_: Set = None, out: Out = None, calls: Calls = False, plain: Plain = False) -> None:
     """Decide every number, or list all that is missing. Starts nothing."""
     parsed = parse.load(recipe, set_ or ())
-    _engine().plan_only(parsed, out, _screen(plain))
+    _engine().plan_only(parsed, out, _screen(plain), calls)
 
 
 @app.command()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from ltxforge_kernels.choice import Implementation, Kernels
@@ -19,19 +18,9 @@ from ltxforge.models.interface import Noisy, NoisyTokens, VideoModel
 from ltxforge.models.random_weights import random_model, random_prompt
 from ltxforge.plan import BucketPlan, Plan
 from ltxforge.specs import ModelSpec
+from ltxforge.ui.kernels_table import Calls
 
 META = torch.device("meta")
-
-
-@dataclass(frozen=True)
-class Calls:
-    """How often a forward calls an op on tensors of this many tokens (B·T) and this width, and what carries it out."""
-
-    op: str
-    implementation: Implementation
-    tokens: int
-    width: int
-    count: int
 
 
 class Recorder(Kernels):
@@ -44,7 +33,8 @@ class Recorder(Kernels):
         object.__setattr__(self, "asked", Counter())
 
     def of(self, op: str, tokens: int | None = None, width: int | None = None) -> Implementation:
-        self.asked[op, tokens or 0, width or 0] += 1
+        if tokens is not None:  # about one tensor, and not how weights or tables are stored
+            self.asked[op, tokens, width or 0] += 1
         return "eager"
 
 

@@ -25,11 +25,12 @@ from ltxforge.events import (
 from ltxforge.facts import Places, gather, places
 from ltxforge.flow_matching import sigma_quantiles
 from ltxforge.hardware import torch_device, torch_dtype
+from ltxforge.kernel_calls import calls_of
 from ltxforge.lock import RunLock
 from ltxforge.models.blueprints import require_whole
 from ltxforge.models.interface import VideoModel
 from ltxforge.models.load import load_model
-from ltxforge.models.sources import fetch
+from ltxforge.models.sources import fetch, spec_of
 from ltxforge.plan import Plan, to_json
 from ltxforge.planner import make_plan
 from ltxforge.recipe.parse import Parsed
@@ -38,6 +39,7 @@ from ltxforge.session import open_session
 from ltxforge.signals import StopRequest
 from ltxforge.trackers.jsonl import EventLog, last_per_step, read_events
 from ltxforge.ui.dispatch import Dispatcher
+from ltxforge.ui.kernels_table import calls_table
 from ltxforge.ui.plan_table import plan_table
 from ltxforge.ui.screen import Screen
 from ltxforge.ui.text import duration
@@ -69,8 +71,12 @@ def run(parsed: Parsed, out: Path | None, screen: Screen) -> None:
         open_session(plan, model, cache, data, log.attempt, emit, stop).train()
 
 
-def plan_only(parsed: Parsed, out: Path | None, screen: Screen) -> None:
-    """Print the plan of a recipe, or everything that is missing for one; starts and changes nothing."""
+def plan_only(parsed: Parsed, out: Path | None, screen: Screen, calls: bool = False) -> None:
+    """Print the plan of a recipe, or everything that is missing for one; starts and changes nothing.
+
+    Args:
+        calls: print also which op a step calls on which tensors, and what carries it out.
+    """
     where = places(parsed, out)
     with StopRequest() as stop, faults_told(where.run), Dispatcher([screen]) as emit:
         home = RunDirectory(where.run)
@@ -78,6 +84,9 @@ def plan_only(parsed: Parsed, out: Path | None, screen: Screen) -> None:
         plan = make_plan(parsed.recipe, gather(parsed, where, saved, emit, stop))
         require_whole(plan.model)
         show_plan(plan, screen)
+        if calls:
+            largest = max(plan.data.buckets, key=lambda bucket: (bucket.tokens, bucket.audio_tokens))
+            screen.show(calls_table(calls_of(plan, spec_of(plan.model), largest), str(largest.shape)))
         if saved is not None:
             home.require_same_run(saved, plan)
             refuse_if_never(parsed, where)

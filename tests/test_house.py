@@ -34,7 +34,7 @@ FLOORS = [
     {"models", "lora", "flow_matching", "dataset"},
     {"checkpoint", "optim", "run_directory", "estimates", "plan_notes", "kernel_choices", "exactness"},
     {"trainer", "validation", "planner", "ui", "trackers"},
-    {"run", "session", "facts", "kernel_listing", "benchmark", "benchmarks"},
+    {"run", "session", "facts", "kernel_calls", "kernel_listing", "benchmark", "benchmarks"},
     {"cli", "__main__"},
 ]
 # Neighbours on one floor that may use each other, in this direction only.
@@ -55,6 +55,7 @@ BESIDE = {
     ("planner", "validation"),
     ("ui", "trackers"),
     ("run", "facts"),
+    ("run", "kernel_calls"),
     ("run", "session"),
     ("benchmark", "benchmarks"),
     ("benchmarks", "session"),

@@ -5,9 +5,10 @@ Decides wording and grouping. What an op computes is told as the recipe's schema
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from ltxforge_kernels.choice import Choice, Kernels, TokenRange
+from ltxforge_kernels.choice import Choice, Implementation, Kernels, TokenRange
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +17,17 @@ from ltxforge.printable import printable
 from ltxforge.recipe.schema import Kernels as Section
 
 OF_QUANTISED_WEIGHTS = "Quantised base weights; no recipe can ask for them yet."
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How often a forward calls an op on tensors of this many tokens (B·T) and this width, and what carries it out."""
+
+    op: str
+    implementation: Implementation
+    tokens: int
+    width: int
+    count: int
 
 
 def kernel_rows(kernels: Kernels, origins: Mapping[str, str]) -> list[tuple[str, str, str]]:
@@ -75,6 +87,19 @@ def kernels_table(kernels: Kernels, where: str) -> RenderableType:
     if exceptions := list(_exceptions(kernels.choices)):
         parts += [Text(), Text("Except", "bold"), _grid(exceptions)]
     return Group(*parts)
+
+
+def calls_table(calls: Sequence[Calls], shape: str) -> RenderableType:
+    """Which op is called how often in one forward of a clip of this shape, on which tensors."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("op", "as"):
+        table.add_column(title, no_wrap=True)
+    for title in ("calls", "tokens", "width"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for each in calls:
+        table.add_row(each.op, each.implementation, f"{each.count}", f"{each.tokens:,}", f"{each.width:,}")
+    head = Text.assemble(("Ops ", "bold"), printable(f"of one forward over clips of {shape}; each has its backward"))
+    return Group(Text(), head, Text(), table)
 
 
 def _computes(op: str) -> str:
