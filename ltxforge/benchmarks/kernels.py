@@ -7,6 +7,7 @@ own figures for them are told instead.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from ltxforge.benchmarks.subject import (
     bytes_of,
     together,
 )
-from ltxforge.benchmarks.timing import sets_needed, time_against_each_other, timing, with_details
+from ltxforge.benchmarks.timing import head_start, sets_needed, time_against_each_other, timing, with_details
 from ltxforge.errors import BenchmarkError, Stopped
 from ltxforge.hardware import Hardware, is_out_of_memory, synchronize, torch_device
 from ltxforge.models.parts import release_memory
@@ -41,8 +42,11 @@ from ltxforge.suites.case import Outcome
 from ltxforge.suites.kernels import Gate, KernelCase, KernelResult, Timing
 
 HOW = {
-    "times": "seconds of one call on the device's own clock: median, and what a fifth of the calls stayed below (p20)"
-    " and above (p80); contenders take turns, inputs rotate through sets that together exceed the L2 cache",
+    "times": "seconds of one call on the device's own clock, enqueued while the device does other work: median, and"
+    " what a fifth of the calls stayed below (p20) and above (p80); contenders take turns, inputs rotate through sets"
+    " that together exceed the L2 cache, which is cleared before each call; is_late: in some round the device waited"
+    " for the host, whose time is then in it, too",
+    "host": "seconds that the host takes to enqueue one call: what a step is bound by where it is larger",
     "graph": "seconds of one call inside a CUDA graph over all sets: without the launches' time on the host",
     "ratios": "median of the peer / median of `ours`: above 1 ours is faster",
     "gates": "relative error in the Frobenius norm against float64 on data that is not timed; checked first",
@@ -134,11 +138,15 @@ class _Session:
 
     def _times(self, case: KernelCase, calls: Mapping[str, Sequence[Call]]) -> dict[str, Timing]:
         """Contender → its times, all taken together."""
-        seconds = time_against_each_other(calls, case.rounds, self.device, lambda: self.stop.requested)
+        ahead = head_start(self.device)
+        seconds = time_against_each_other(calls, case.rounds, self.device, lambda: self.stop.requested, ahead)
         if self.stop.requested:
             raise Stopped(self.stop.signal_number, f"stopped in the middle of {case.name}, which is not recorded")
         graph = case.timed != "backward"  # a graph cannot begin between a forward pass and its backward pass
-        return {name: with_details(timing(seconds[name]), calls[name], self.device, graph=graph) for name in calls}
+        late = ahead.late if ahead else set()
+        times = {name: dataclasses.replace(timing(seconds[name]), is_late=name in late) for name in calls}
+        del ahead
+        return {name: with_details(times[name], calls[name], self.device, graph=graph) for name in calls}
 
     def _summary(
         self,

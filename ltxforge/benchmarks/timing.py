@@ -2,13 +2,16 @@
 
 Decides how a median comes about. All contenders take turns within a round, so that a clock that drifts drifts for all;
 each call gets the next set of inputs, and the sets together are larger than the L2 cache, so that nothing is timed with
-its inputs still there.
+its inputs still there. On a GPU the device is given other work before each call, so that the host has enqueued all of
+the call before the device begins with it: what is between the two events is then the device's time, and none of the
+host's, which is a figure of its own.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,9 +25,16 @@ from ltxforge.suites.kernels import Timing
 
 WARMUP_ROUNDS = 3
 GRAPH_REPLAYS = 10
+HOST_CALLS = 10
+HEAD_START_BYTES = 256 << 20
+"""Larger than every L2 cache, which writing them also clears."""
+MOST_HEAD_STARTS = 64
+"""Some milliseconds: a call that takes the host longer waits for the device."""
 MOST_SETS = 24
 CPU_CACHE_BYTES = 32 << 20
 NO_KERNELS = ("Memcpy", "Memset")
+ANNOTATIONS = ("## Call CompiledFxGraph", "Optimizer.", "ProfilerStep", "Torch-Compiled Region")
+"""How ranges begin that PyTorch itself draws over a device's kernels."""
 
 Call = Callable[[], Any]
 Calls = Sequence[Call]
@@ -37,13 +47,69 @@ def sets_needed(set_bytes: int, device: torch.device) -> int:
     return min(MOST_SETS, max(3, math.ceil(2 * cache / max(set_bytes, 1))))
 
 
+class HeadStart:
+    """Work for a GPU to do while the host enqueues what is timed: a large buffer, zeroed often enough.
+
+    Attributes:
+        late: the contenders whose first event the device had reached before their call was enqueued, in some timed
+            round: their time is at least in part the host's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.buffer = torch.empty(HEAD_START_BYTES, dtype=torch.uint8, device=device)
+        self.times = 1
+        self.late: set[str] = set()
+
+    def give(self) -> None:
+        """Enqueue the work."""
+        for _ in range(self.times):
+            self.buffer.zero_()
+
+    def fit(self, calls: Calls) -> None:
+        """Give as much that the host is done with each of these calls first, if it can be done with them."""
+        device = self.buffer.device
+        for call in calls:
+            synchronize(device)
+            while not self._is_enough_for(call) and self.times < MOST_HEAD_STARTS:
+                self.times *= 2
+                synchronize(device)
+
+    def _is_enough_for(self, call: Call) -> bool:
+        self.give()
+        began = moment(self.buffer.device)
+        call()
+        return not began.query()
+
+    def check(self, name: str, began: Any) -> None:
+        """Right after a contender's call: is the device still busy with what came before it?"""
+        if began.query():
+            self.late.add(name)
+
+
+def head_start(device: torch.device) -> HeadStart | None:
+    """What a device needs for its own time to be measured: nothing where the host computes."""
+    return HeadStart(device) if device.type == "cuda" else None
+
+
 def time_against_each_other(
-    contenders: Mapping[str, Calls], rounds: int, device: torch.device, is_stopped: Callable[[], bool] = bool
+    contenders: Mapping[str, Calls],
+    rounds: int,
+    device: torch.device,
+    is_stopped: Callable[[], bool] = bool,
+    ahead: HeadStart | None = None,
 ) -> dict[str, list[float]]:
-    """Contender → seconds of each round's call. `is_stopped` is asked between rounds; what was timed is returned."""
+    """Contender → seconds of each round's call. `is_stopped` is asked between rounds; what was timed is returned.
+
+    Args:
+        ahead: None times the host with the device, as whoever waits for the result sees it.
+    """
     for turn in range(WARMUP_ROUNDS):
         for calls in contenders.values():
             calls[turn % len(calls)]()
+    synchronize(device)
+    if ahead:
+        for calls in contenders.values():
+            ahead.fit(calls[:WARMUP_ROUNDS])
     synchronize(device)
     marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in contenders}
     turn = 0
@@ -53,9 +119,16 @@ def time_against_each_other(
         for name, calls in contenders.items():
             call = calls[turn % len(calls)]
             turn += 1
+            if ahead:
+                synchronize(
+                    device
+                )  # else the launch queue fills up in time, and the host waits in the middle of a call
+                ahead.give()
             began = moment(device)
             call()
             marks[name].append((began, moment(device)))
+            if ahead:
+                ahead.check(name, began)
     synchronize(device)
     return {name: [seconds_between(*pair) for pair in pairs] for name, pairs in marks.items()}
 
@@ -67,11 +140,12 @@ def timing(seconds: Sequence[float]) -> Timing:
 
 
 def with_details(found: Timing, calls: Calls, device: torch.device, *, graph: bool) -> Timing:
-    """Also what only a GPU tells: launches of a call, its peak, and its time as a CUDA graph if asked for."""
+    """Also what only a GPU tells: the host's time, launches and peak of a call; as a CUDA graph if asked for."""
     if device.type != "cuda":
         return found
     return replace(
         found,
+        host=host_seconds(calls, device),
         graph=graph_seconds(calls, device) if graph else None,
         launches=launches(calls[0], device),
         peak_bytes=call_peak(calls[0], device),
@@ -84,8 +158,26 @@ def launches(call: Call, device: torch.device) -> int | None:
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True) as watched:
         call()
         synchronize(device)
-    kernels = [event for event in watched.events() if event.device_type == DeviceType.CUDA]
-    return sum(not event.name.startswith(NO_KERNELS) for event in kernels) or None
+    return sum(map(is_kernel, watched.events())) or None
+
+
+def is_kernel(event: Any) -> bool:
+    """Whether a profiler's event is a kernel, not a copy, nor a range drawn over kernels on the device's own line."""
+    if event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False):
+        return False
+    return not event.name.startswith((*NO_KERNELS, *ANNOTATIONS))
+
+
+def host_seconds(calls: Calls, device: torch.device) -> float:
+    """The median of how long the host is busy with one call while the device waits for work."""
+    found = []
+    for turn in range(HOST_CALLS):
+        synchronize(device)
+        began = time.perf_counter()
+        calls[turn % len(calls)]()
+        found.append(time.perf_counter() - began)
+    synchronize(device)
+    return statistics.median(found)
 
 
 def call_peak(call: Call, device: torch.device) -> int:

@@ -131,6 +131,10 @@ class Timing:
     median: float
     p20: float
     p80: float
+    host: float | None = None
+    """The median of the host's own time to enqueue the call on a GPU, which is no part of the others."""
+    is_late: bool = False
+    """Whether the GPU waited for the host in some round all the same, so that the median may hold the host's time."""
     graph: float | None = None
     """The median of a replay of the call as a CUDA graph: without the launches' own time on the host."""
     launches: int | None = None
