@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ltxforge_kernels.choice import Kernels
 
-from ltxforge.kernel_choices import changed, compiles, implementations
+from ltxforge.kernel_choices import changed, compiles
 from ltxforge.plan import Plan
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def exactness_of(hardware: Hardware, previous: Plan | None, kernels: Kernels) ->
             "statistical",
             "PyTorch's fused attention adds gradients in a varying order on GPUs; draws and data order are exact",
         )
-    if any("compile" in implementations(choice) for choice in kernels.choices):
+    if any("compile" in choice.implementations for choice in kernels.choices):
         return "statistical", "torch.compile's code for a shape depends on the shapes that the process met before"
     return "exact", "every operation of PyTorch used here adds in a fixed order on the CPU"
 

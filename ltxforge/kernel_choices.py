@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from ltxforge_kernels.choice import OPS, Choice, Kernels, Machine, choose, why_not
 
@@ -72,21 +73,16 @@ def _refusal(refused: Mapping[tuple[str, str], Collection[str]]) -> PlanError:
 def _kept(fresh: Choice, previous: Kernels, machine: Machine, dtype: str) -> Choice:
     """What the run began with, if it can run here. Ops that are not in an earlier plan were eager then."""
     before = next((choice for choice in previous.choices if choice.op == fresh.op), Choice(fresh.op, "eager", ""))
-    if any(why_not(each, machine, dtype) for each in implementations(before)):
+    if any(why_not(each, machine, dtype) for each in before.implementations):
         return fresh
     if (before.implementation, before.exceptions) == (fresh.implementation, fresh.exceptions):
         return fresh
     return dataclasses.replace(before, reason="this run began with it")
 
 
-def implementations(choice: Choice) -> set[str]:
-    """All that an op may run as, exceptions included."""
-    return {choice.implementation, *(each.implementation for each in choice.exceptions)}
-
-
 def compiles(kernels: Kernels) -> bool:
     """Whether anything is compiled while it runs; on a GPU Triton does that."""
-    return any(implementations(choice) != {"eager"} for choice in kernels.choices)
+    return any(choice.implementations != {"eager"} for choice in kernels.choices)
 
 
 def changed(before: Kernels, now: Kernels) -> list[str]:
@@ -103,8 +99,8 @@ def _moved(was: str, now: str) -> str:
     return f"{now} instead of {was}" if was != now else f"{now} at other sizes"
 
 
-def widths_of(op: str, spec: ModelSpec) -> frozenset[int] | None:
-    """How wide an op's rows are in this model; None for an op whose widths no model has to itself."""
+def widths_of(op: str, spec: ModelSpec) -> frozenset[int]:
+    """How wide an op's rows are in this model: of a convolution, the channels that it reads."""
     config = spec.transformer_config
     widths, channels = {spec.width}, {spec.latent_channels}
     if spec.has_audio:
@@ -114,5 +110,11 @@ def widths_of(op: str, spec: ModelSpec) -> frozenset[int] | None:
     if op == "flow_matching":
         return frozenset(channels)
     if op == "causal_conv3d":
-        return None
+        return _widths_of_encoder(spec.vae_config)
     return frozenset({"gelu": inner, "lora_linear": widths | inner}.get(op, widths))
+
+
+def _widths_of_encoder(config: Mapping[str, Any]) -> frozenset[int]:
+    """Patches of pixels, the blocks' channels, and as many as latents have: there LTX-2's first convolution ends."""
+    patch = config["in_channels"] * config["patch_size"] ** 2
+    return frozenset((patch, config["latent_channels"], *config["block_out_channels"]))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
+from diffusers import AutoencoderKLLTX2Video, AutoencoderKLLTXVideo
 from ltxforge_kernels.choice import EAGER, OPS, Choice, Kernels, Machine, TokenRange
 
 from ltxforge.errors import PlanError
-from ltxforge.kernel_choices import asked_for, changed, choose_kernels, implementations, used_ops, widths_of
+from ltxforge.kernel_choices import asked_for, changed, choose_kernels, used_ops, widths_of
 from ltxforge.recipe.schema import Kernels as Section
-from ltxforge.specs import SPECS
+from ltxforge.specs import SPECS, TINY
 
 CPU = Machine("cpu", triton="3.7.1")
 H200 = Machine("cuda", 90, "3.7.1")
@@ -107,7 +109,7 @@ def test_or_the_machine_cannot():
 
 def test_an_exception_must_be_able_to_run_too():
     before = Kernels((Choice("gelu", "eager", "", (TokenRange(0, 9, 2048, "triton", "x"),)),))
-    assert implementations(before.choices[0]) == {"eager", "triton"}
+    assert before.choices[0].implementations == {"eager", "triton"}
     kernels = chosen(CPU, ops=("gelu",), previous=before)
     assert kernels.choices[0].exceptions == ()
     assert changed(before, kernels) == ["gelu: eager at other sizes"]
@@ -131,9 +133,19 @@ def test_a_run_without_choices_was_eager():
         ("0.9.7", "lora_linear", {4096, 16384}),
         ("2.0", "qk_norm_rope", {4096, 2048}),
         ("2.0", "gelu", {16384, 8192}),
-        ("2.0", "causal_conv3d", None),
+        ("0.9.0", "causal_conv3d", {48, 128, 256, 512}),
+        ("2.0", "causal_conv3d", {48, 128, 256, 512, 1024, 2048}),
     ],
 )
 def test_the_widths_are_those_of_the_published_models(version, op, widths):
     spec = next(spec for name, spec in SPECS.items() if name.startswith(version))
-    assert widths_of(op, spec) == (widths and frozenset(widths))
+    assert widths_of(op, spec) == widths
+
+
+def test_a_convolution_is_as_wide_as_what_it_reads_in_this_encoder():
+    """So that what was measured of an encoder that is wider says nothing of this one, and nothing of it is missed."""
+    for name, spec in {**SPECS, **TINY}.items():
+        with torch.device("meta"):
+            vae = (AutoencoderKLLTX2Video if spec.has_audio else AutoencoderKLLTXVideo)(**spec.vae_config)
+        read = {module.in_channels for module in vae.encoder.modules() if isinstance(module, torch.nn.Conv3d)}
+        assert widths_of("causal_conv3d", spec) == read, name

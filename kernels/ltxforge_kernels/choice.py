@@ -51,8 +51,8 @@ class Machine:
 class TokenRange:
     """Tensors of `least` to `most` tokens (None: without end) and this width have another implementation.
 
-    Tokens are all rows of a tensor: T of each sample, times the samples of a micro-batch. `source` names the
-    measurement.
+    Tokens are all rows of a tensor: T of each sample, times the samples of a micro-batch; of a convolution the pixels
+    that it reads, whose channels are the width. `source` names the measurement.
     """
 
     least: int
@@ -77,6 +77,11 @@ class Choice:
     reason: str
     exceptions: tuple[TokenRange, ...] = ()
 
+    @property
+    def implementations(self) -> frozenset[Implementation]:
+        """All that the op may run as, exceptions included."""
+        return frozenset((self.implementation, *(each.implementation for each in self.exceptions)))
+
     def of(self, tokens: int | None = None, width: int | None = None) -> Implementation:
         """The implementation for a tensor, by what is told of it."""
         for exception in self.exceptions:
@@ -97,12 +102,20 @@ class Kernels:
         Raises:
             KeyError: there is no such op.
         """
+        return self.choice(op).of(tokens, width)
+
+    def choice(self, op: str) -> Choice:
+        """What was chosen for an op.
+
+        Raises:
+            KeyError: there is no such op.
+        """
         for choice in self.choices:
             if choice.op == op:
-                return choice.of(tokens, width)
+                return choice
         if op not in OPS and op not in QUANTISED_OPS:
             raise KeyError(f"there is no op {op!r}, only {', '.join((*OPS, *QUANTISED_OPS))}")
-        return "eager"
+        return Choice(op, "eager", "not chosen")
 
     def on(self, op: str, shape: Sequence[int]) -> Implementation:
         """The implementation of an op for a tensor of this shape, [..., width]."""

@@ -27,7 +27,8 @@ FALLBACKS = ("compile", "eager")
 class Measured:
     """One row: from `least` to `most` tokens (None: without end) this implementation was the fastest.
 
-    Tokens are all rows of a tensor: T of each sample, times the samples of a micro-batch. `arch` is as in
+    Tokens are all rows of a tensor: T of each sample, times the samples of a micro-batch. Of a convolution they are the
+    pixels that it reads, B·T·H·W, and the width is their channels. `arch` is as in
     `choice.Machine`, `source` the bench result that says so.
     """
 
@@ -51,11 +52,11 @@ TABLE: tuple[Measured, ...] = ()
 def rows_of(result: Mapping[str, Any], ops: Iterable[str], source: str) -> tuple[Measured, ...]:
     """The rows that follow from one result of `ltxforge bench kernels`.
 
-    Each of its `cases` has op, arch ("sm_90"), dtype, width, tokens (T, or None where an op has none), medians
-    (implementation → seconds), and in `case` its batch where that is not 1. Cases of one op at one shape (forward and
-    both ways, other ranks or outputs) count together, by the sum of their seconds. Rows cover all token counts: the
-    smallest and the largest measured one speak for all beyond them; between two that differ the fallback holds, because
-    our kernel was not seen to win there.
+    Each of its `cases` has op, arch ("sm_90"), dtype, width, tokens (of each sample, or None where an op has none),
+    medians (implementation → seconds), and in `case` its batch where that is not 1. Cases of one op at one shape
+    (forward and both ways, other ranks or outputs) count together, by the sum of their seconds. Rows cover all token
+    counts: the smallest and the largest measured one speak for all beyond them; between two that differ the fallback
+    holds, because our kernel was not seen to win there.
 
     Args:
         ops: their folder names. The bench calls parts of an op "flow_matching_loss"; what is none of them is left out.

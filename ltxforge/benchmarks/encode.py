@@ -75,7 +75,8 @@ def begin(cases: Sequence[EncodeCase], hardware: Hardware, told: Told, stop: Sto
 def kernels_of(case: EncodeCase, hardware: Hardware) -> Kernels:
     """How ours carries out convolutions."""
     asked = {"causal_conv3d": case.kernels} if case.kernels else None
-    return choose_kernels(("causal_conv3d",), hardware.machine, case.precision, case.precision, asked=asked)
+    machine, dtype = hardware.machine, case.precision
+    return choose_kernels(("causal_conv3d",), machine, dtype, dtype, asked=asked, spec=case.spec)
 
 
 def measure(case: EncodeCase, hardware: Hardware, told: Told, stop: StopRequest) -> EncodeResult:

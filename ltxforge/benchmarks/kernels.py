@@ -185,7 +185,7 @@ class _Session:
             op=case.op,
             arch=arch_name(self.hardware.machine),
             dtype=case.dtype,
-            tokens=case.tokens,
+            tokens=case.rows,
             width=case.width,
             **found,
         )
@@ -252,7 +252,8 @@ class Call:
         self._timed, self._contender, self._upstream = timed, contender, upstream
         given = asked(given, tuple(leaves))
         self._prepared = contender.prepare(given)
-        self._wanted = [getattr(given, name) for name in leaves]
+        own = contender.wanted
+        self._wanted = list(own(self._prepared)) if own and leaves else [getattr(given, name) for name in leaves]
         self._outputs: tuple[Tensor, ...] | None = None
 
     def __call__(self) -> Any:

@@ -7,7 +7,7 @@ gradients, the truth in float64, rotation.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,12 +31,14 @@ class Contender:
     Attributes:
         is_whole: whether it computes the op itself, which the gate then checks, and not a part of it or a rougher one.
         has_backward: whether it has gradients; if not it is timed without autograd, forward alone.
+        wanted: of what `prepare` made, the leaves whose gradients are asked for; None for those of the inputs.
     """
 
     call: Callable[[Any], Outputs]
     prepare: Callable[[Inputs], Any] = _as_is
     is_whole: bool = True
     has_backward: bool = True
+    wanted: Callable[[Any], Sequence[Tensor]] | None = None
 
     def __call__(self, inputs: Inputs) -> Outputs:
         """Both, where nothing is timed."""

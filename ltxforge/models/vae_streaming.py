@@ -36,9 +36,9 @@ def stream_encode(
     """The posterior of each chunk of a clip, mean and std [1, C, f, Y, X], on the device; joined along f the clip's.
 
     Args:
-        vae: its encoder's convolutions are packed in place for any implementation but eager.
+        vae: its encoder's convolutions are packed in place if any of them may be other than eager.
         frames: uint8 [N, height, width, 3], N = 8k + 1, anywhere: a chunk of them is on the device at a time.
-        kernels: which implementation the convolutions have.
+        kernels: which implementation each convolution has, by the pixels and channels that it reads.
         chunk: frames per chunk, a multiple of the VAE's temporal factor.
     """
     count, height, width, channels = frames.shape
@@ -49,7 +49,7 @@ def stream_encode(
         f"{height} and {width} are not multiples of {factor}"
     )
     assert chunk > 0 and chunk % vae.temporal_compression_ratio == 0, f"chunks of {chunk} frames split a latent frame"
-    stream = EncoderStream(vae, kernels.of("causal_conv3d"))
+    stream = EncoderStream(vae, kernels)
     for part in (frames[: 1 + chunk], *frames[1 + chunk :].split(chunk)):
         if len(part):
             yield DiagonalGaussianDistribution(stream.encode(to_pixels(part, device, vae.dtype)))
@@ -63,14 +63,17 @@ def to_pixels(frames: Tensor, device: torch.device, dtype: torch.dtype) -> Tenso
 class EncoderStream:
     """One clip on its way through an encoder; `states` is what convolutions keep of the frames that they were given."""
 
-    def __init__(self, vae: VideoVae, implementation: Implementation = "eager") -> None:
+    def __init__(self, vae: VideoVae, kernels: Kernels = EAGER) -> None:
         assert vae.config.encoder_causal, "an encoder that looks ahead cannot be streamed"
         assert vae.config.patch_size_t == 1, "patches of several frames cannot be streamed"
         self.encoder = vae.encoder
-        self.implementation = implementation
+        self.kernels = kernels
         self.states: dict[nn.Module, Tensor] = {}
         self.has_begun = False
-        if implementation != "eager":
+        # All or none: pixels pass from one to the next with channels innermost, and an eager convolution among packed
+        # ones would turn its weight around at every call. That is also how the bench measures eager.
+        self.is_packed = kernels.choice("causal_conv3d").implementations != {"eager"}
+        if self.is_packed:
             pack_convolutions(vae.encoder)
 
     @torch.no_grad()
@@ -115,16 +118,15 @@ class EncoderStream:
         stride = downsampler.stride
         if not self.has_begun:
             hidden = torch.cat([hidden[:, :, : stride[0] - 1], hidden], dim=2)
-        innermost = self.implementation != "eager"
-        means = space_to_depth(hidden, stride, innermost).unflatten(1, (-1, downsampler.group_size)).mean(dim=2)
-        return space_to_depth(self.convolve(downsampler.conv, hidden), stride, innermost) + means
+        means = space_to_depth(hidden, stride, self.is_packed).unflatten(1, (-1, downsampler.group_size)).mean(dim=2)
+        return space_to_depth(self.convolve(downsampler.conv, hidden), stride, self.is_packed) + means
 
     def activate_and_convolve(
         self, norm: nn.Module, activation: nn.Module, conv: nn.Module, hidden: Tensor, residual: Tensor | None = None
     ) -> Tensor:
-        """conv(act(norm(hidden))), plus the residual; norm and SiLU inside the op unless it is eager."""
+        """conv(act(norm(hidden))), plus the residual; norm and SiLU inside the op unless it is eager here."""
         fits = is_plain(conv.conv) and isinstance(activation, nn.SiLU) and getattr(norm, "weight", None) is None
-        if self.implementation != "eager" and fits:
+        if fits and self.implementation(hidden) != "eager":
             return self.run(conv.conv, hidden, residual, norm.eps)
         return self.convolve(conv, activation(normed(norm, hidden)), residual)
 
@@ -140,7 +142,7 @@ class EncoderStream:
         return convolved if residual is None else convolved + residual
 
     def run(self, conv: nn.Conv3d, hidden: Tensor, residual: Tensor | None, norm_eps: float | None = None) -> Tensor:
-        """The op, and its new state kept."""
+        """The op, and its new state kept: the same frames for every implementation, which may change with the chunk."""
         result, self.states[conv] = causal_conv3d(
             hidden,
             conv.weight,
@@ -148,9 +150,13 @@ class EncoderStream:
             self.states.get(conv),
             residual=residual,
             norm_eps=norm_eps,
-            implementation=self.implementation,
+            implementation=self.implementation(hidden),
         )
         return result
+
+    def implementation(self, hidden: Tensor) -> Implementation:
+        """Of a convolution that reads [B, C, T, H, W]: by B·T·H·W and C, as the bench measures it."""
+        return self.kernels.on("causal_conv3d", hidden.movedim(1, -1).shape)
 
 
 def is_plain(conv: nn.Conv3d) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ltxforge.benchmarks import kernels, resources
+from ltxforge.benchmarks.gate import relative_error
 from ltxforge.benchmarks.ops.table import SUBJECTS
 from ltxforge.benchmarks.subject import Contender, bytes_of
 from ltxforge.errors import Stopped
@@ -15,6 +16,7 @@ from ltxforge.hardware import detect
 from ltxforge.signals import StopRequest
 from ltxforge.suites.kernels import OPS, KernelCase, KernelResult
 
+CPU = torch.device("cpu")
 CPU_HARDWARE = dataclasses.replace(detect(), kind="cpu", name="Some CPU")
 SIZES = {"tokens": 32, "width": 64, "out": 48, "rank": 4, "head_width": 32, "layout": "split", "extent": [2, 4, 6]}
 # Not installed, not for a CPU, or compiled, which takes seconds.
@@ -59,6 +61,29 @@ def test_a_backward_pass_alone_is_less_than_both(op):
     backward, both = (measure(make_case(op, timed=timed, tokens=512, rounds=9)) for timed in ("backward", "both"))
     assert backward.times["eager"].p20 < both.times["eager"].median
     assert any(gate.what.startswith("gradient of") for gate in backward.gates)
+
+
+def gradients(call: kernels.Call) -> list[torch.Tensor]:
+    return [each.float() for each in call()]
+
+
+@pytest.mark.parametrize("peer", ["PEFT", "addmm per projection"])
+def test_a_peer_s_lora_is_trained_in_its_own_dtype_and_no_cast_is_timed(peer):
+    case = make_case("lora_linear")
+    subject = SUBJECTS["lora_linear"](case, CPU)
+    given = subject.inputs(kernels.DeviceFiller(CPU))
+    upstream = kernels.upstream_of(subject, given)
+    ours, theirs = (
+        kernels.Call("both", contender, given, subject.leaves, upstream)
+        for contender in (subject.ours("eager"), subject.peers[peer]())
+    )
+    assert [each.dtype for each in theirs()] == [torch.bfloat16] * 3
+    for mine, other in zip(gradients(ours), gradients(theirs), strict=True):
+        assert relative_error(other, mine) < 0.02
+    with torch.profiler.profile(acc_events=True, record_shapes=True) as watched:
+        theirs()
+    casts = [event for event in watched.events() if event.name == "aten::_to_copy" and event.input_shapes[0]]
+    assert casts == [], "A and B are made of the masters before"
 
 
 def test_interleaved_pairs_too():

@@ -133,6 +133,8 @@ def test_a_run_s_choices_are_asked_by_op():
     assert (kernels.of("gelu", 6144), kernels.of("gelu", 126), kernels.of("gelu")) == ("triton", "compile", "triton")
     assert kernels.of("lora_linear", 6144) == "eager", "what was not chosen is eager"
     assert hash(kernels) == hash(Kernels((choose("gelu", H200, "bf16", widths={8192}, measured=FASTEST),)))
+    assert kernels.choice("gelu").implementations == {"triton", "compile"}
+    assert kernels.choice("lora_linear").implementations == {"eager"}
     with pytest.raises(KeyError, match="no op 'gleu', only causal_conv3d"):
         kernels.of("gleu")
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLLTXVideo
 from diffusers.models.normalization import RMSNorm
-from ltxforge_kernels.choice import everything
+from ltxforge_kernels.causal_conv3d import causal_conv3d, pack
+from ltxforge_kernels.choice import Choice, Kernels, TokenRange, everything
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -140,6 +141,41 @@ def test_norm_and_activation_inside_the_op(name, implementation):
     # Packing the weights changed their place in memory and nothing else.
     assert all(torch.equal(value, names[name]) for name, value in vae.state_dict().items())
     assert apart(in_chunks(vae, frames, chunk=8), truth) <= FLOAT32
+
+
+BY_WIDTH = (TokenRange(0, None, 16, "eager", "a test"), TokenRange(129, None, 8, "compile", "a test"))
+
+
+def test_each_convolution_is_carried_out_as_was_measured_to_be_the_fastest_at_its_size(monkeypatch):
+    """By the pixels and channels that it reads, chunk by chunk; what it keeps of a chunk is the same for all."""
+    vae, frames, asked = copy.deepcopy(make("tiny/ltx2")), clip(17, 32, 32), {}
+
+    def noted(x: Tensor, *arguments: Any, implementation: str, **settings: Any) -> tuple[Tensor, Tensor]:
+        assert (settings["norm_eps"] is None) or implementation != "eager"
+        asked.setdefault((x.shape[1], x.numel() // x.shape[1]), set()).add(implementation)
+        return causal_conv3d(x, *arguments, implementation=implementation, **settings)
+
+    monkeypatch.setattr(vae_streaming, "causal_conv3d", noted)
+    kernels = Kernels((Choice("causal_conv3d", "triton", "a test", BY_WIDTH),))
+    with torch.compiler.set_stance("force_eager"):
+        assert apart(in_chunks(vae, frames, chunk=8, kernels=kernels), whole(vae, frames)) <= FLOAT32
+    assert asked == {size: {kernels.of("causal_conv3d", size[1], size[0])} for size in asked}
+    found = {(width, how) for (width, _), implementations in asked.items() for how in implementations}
+    # The first chunk's frame more is over the limit.
+    assert {(8, 144, "compile"), (8, 128, "triton")} <= {(*size, *how) for size, how in asked.items()}
+    assert found == {*((width, "triton") for width in (48, 8, 32, 64)), (8, "compile"), (16, "eager")}
+
+
+@pytest.mark.parametrize("exceptions", [(), BY_WIDTH[:1]])
+@pytest.mark.parametrize("implementation", ["eager", "triton"])
+def test_weights_are_packed_all_or_none(implementation, exceptions):
+    vae = copy.deepcopy(make("tiny/ltx2"))
+    EncoderStream(vae, Kernels((Choice("causal_conv3d", implementation, "a test", exceptions),)))
+    for module in vae.encoder.modules():
+        if isinstance(module, nn.Conv3d):
+            assert pack(module.weight).data_ptr() == module.weight.data_ptr() or implementation == "eager"
+            assert module.weight.is_contiguous() == (implementation == "eager")
+            assert module.weight.untyped_storage().nbytes() == module.weight.nbytes, "no copy is kept"
 
 
 def test_padding_that_is_not_zero_is_left_to_pytorch(monkeypatch):

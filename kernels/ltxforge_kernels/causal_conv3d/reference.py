@@ -41,9 +41,9 @@ def activated(x: Tensor, eps: float) -> Tensor:
 
 def after_state(x: Tensor, state: Tensor | None, before: int) -> Tensor:
     """[B, CI, before + T, H, W]: x after the state, or after copies of its first frame."""
-    if state is None:
-        state = x[:, :, :1].repeat(1, 1, before, 1, 1)
-    return torch.cat([state, x], dim=2)
+    # Not `repeat`, whose result has channels outermost, and the whole with it.
+    frames_before = [x[:, :, :1]] * before if state is None else [state]
+    return torch.cat([*frames_before, x], dim=2)
 
 
 def last(whole: Tensor, frames: int) -> Tensor:

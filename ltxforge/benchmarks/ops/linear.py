@@ -1,17 +1,18 @@
 """What the linear layers of the bench share: work of their products, and LoRA as others write it.
 
-Peers get A and B in the dtype of x, which is the fastest that they are run with; ours round float32 masters at use.
+Peers train A and B in the dtype of x, which is the fastest that they are run with: no cast is timed of them. Ours round
+float32 masters at use, which is part of them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
 from ltxforge.benchmarks.subject import Contender, Work
@@ -35,28 +36,30 @@ def base_alone(given: Any) -> Tensor:
     return functional.linear(given.x, given.weight, given.bias)
 
 
-def peft_linear(case: KernelCase, device: torch.device) -> Contender:
-    """PEFT's own layer over the same weights, without dropout."""
-    dtype = torch_dtype(case.dtype)
-    base = nn.Linear(case.width, case.out, bias=True, device=device, dtype=dtype).requires_grad_(False)
+def peft_linear(case: KernelCase) -> Contender:
+    """PEFT's own layer over the same weights, without dropout: one for each set of inputs, made beforehand."""
     config = LoraConfig(r=case.rank, lora_alpha=case.rank)
-    layer = PeftLinear(base, "default", config, r=case.rank, lora_alpha=case.rank).to(device, dtype)
 
-    def prepare(given: Any) -> tuple[Any, Tensor]:
+    def prepare(given: Any) -> tuple[nn.Module, Tensor]:
+        base = nn.Linear(case.width, case.out, bias=True, device="meta", dtype=given.x.dtype)
+        base.weight = nn.Parameter(given.weight.contiguous(), requires_grad=False)
+        base.bias = nn.Parameter(given.bias, requires_grad=False)
+        layer = PeftLinear(base, "default", config, r=case.rank, lora_alpha=case.rank)
         layer.scaling["default"] = given.scale
-        return given, given.weight.contiguous()
+        layer.lora_A["default"].weight = nn.Parameter(in_dtype_of_x(given.a, given))
+        layer.lora_B["default"].weight = nn.Parameter(in_dtype_of_x(given.b, given))
+        return layer, given.x
 
-    def call(prepared: tuple[Any, Tensor]) -> Tensor:
-        given, weight = prepared
-        parameters = {
-            "base_layer.weight": weight,
-            "base_layer.bias": given.bias,
-            "lora_A.default.weight": given.a.to(given.x.dtype),
-            "lora_B.default.weight": given.b.to(given.x.dtype),
-        }
-        return functional_call(layer, parameters, (given.x,))
+    def wanted(prepared: tuple[nn.Module, Tensor]) -> tuple[Tensor, ...]:
+        layer, x = prepared
+        return x, layer.lora_A["default"].weight, layer.lora_B["default"].weight
 
-    return Contender(call, prepare)
+    return Contender(lambda prepared: prepared[0](prepared[1]), prepare, wanted=wanted)
+
+
+def in_dtype_of_x(master: Tensor, given: Any) -> Tensor:
+    """A or B as a peer holds it: a leaf of its own."""
+    return master.detach().to(given.x.dtype)
 
 
 class AddmmLora(torch.autograd.Function):
@@ -78,12 +81,26 @@ class AddmmLora(torch.autograd.Function):
         return of_x, None, None, of_a, of_b, None
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What `AddmmLora` takes, contiguous and in one dtype; A and B are leaves."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
 def addmm_per_projection() -> Contender:
     """`AddmmLora` over contiguous weights."""
 
-    def call(prepared: tuple[Any, Tensor]) -> Tensor:
-        given, weight = prepared
-        dtype = given.x.dtype
-        return AddmmLora.apply(given.x, weight, given.bias, given.a.to(dtype), given.b.to(dtype), given.scale)
+    def prepare(given: Any) -> Prepared:
+        a, b = (in_dtype_of_x(each, given).requires_grad_() for each in (given.a, given.b))
+        return Prepared(given.x, given.weight.contiguous(), given.bias, a, b, given.scale)
 
-    return Contender(call, lambda given: (given, given.weight.contiguous()))
+    def call(made: Prepared) -> Tensor:
+        return AddmmLora.apply(made.x, made.weight, made.bias, made.a, made.b, made.scale)
+
+    return Contender(call, prepare, wanted=lambda made: (made.x, made.a, made.b))

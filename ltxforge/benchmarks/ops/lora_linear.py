@@ -15,7 +15,7 @@ from ltxforge.hardware import torch_dtype
 from ltxforge.suites.kernels import KernelCase
 
 
-def subject(case: KernelCase, device: torch.device) -> Subject:
+def subject(case: KernelCase, device: torch.device) -> Subject:  # noqa: ARG001
     """Without dropout and activation; gradients of x, A and B."""
     shape, dtype = LayerShape(case.name, case.tokens, case.width, case.out, case.rank), torch_dtype(case.dtype)
     leading = (case.batch, case.tokens) if case.batch > 1 else None
@@ -39,8 +39,8 @@ def subject(case: KernelCase, device: torch.device) -> Subject:
         leaves=("x", "a", "b"),
         peers={
             "base alone": alone,
-            "PEFT": lambda: peft_linear(case, device),
-            "PEFT compiled": lambda: compiled(peft_linear(case, device)),
+            "PEFT": lambda: peft_linear(case),
+            "PEFT compiled": lambda: compiled(peft_linear(case)),
             "addmm per projection": addmm_per_projection,
         },
     )
