@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
@@ -36,6 +37,7 @@ OPS = {
     "adaln_rms_norm": Op(("tokens", "width"), ("diffusers", "compile per token", "Liger"), BOTH_WAYS),
     "gated_residual": Op(("tokens", "width"), ("diffusers", "compile per token"), BOTH_WAYS),
     "gated_residual_norm": Op(("tokens", "width"), ("diffusers", "compile per token"), BOTH_WAYS),
+    "gated_residual_norm_twice": Op(("tokens", "width"), ("diffusers", "compile per token"), BOTH_WAYS),
     "qk_norm_rope": Op(("tokens", "width", "head_width", "layout"), ("diffusers", "compile diffusers"), BOTH_WAYS),
     "gelu": Op(("tokens", "width"), ("PyTorch",), BOTH_WAYS),
     "lora_linear": Op(
@@ -89,6 +91,11 @@ class KernelCase(Case):
         "name": 'for example name = "adaln-forward-4096"',
         "op": 'for example op = "adaln_rms_norm"',
     }
+
+    @property
+    def rows(self) -> int | None:
+        """T of each sample; of a convolution the pixels that it reads."""
+        return prod(self.extent) if self.extent else self.tokens
 
     @property
     def known_to(self) -> Op:
@@ -149,6 +156,8 @@ class KernelResult(Result):
 
     Attributes:
         arch: "sm_90" and the like; "cpu".
+        tokens: T of each sample; of a convolution the pixels that it reads.
+        width: D, or K of a matrix, or the channels that a convolution reads.
         ours: the implementation that `ratios` are about: triton where it runs.
         times: implementation or peer → its times; `medians` the same, medians alone.
         gates: what was checked first. If one is red, nothing was timed.

@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from ltxforge_kernels.choice import Kernels, Machine, choose
+from ltxforge_kernels.profiles import rows_of
 
 from ltxforge.benchmarks import kernels, resources
 from ltxforge.benchmarks.gate import relative_error
@@ -51,16 +53,30 @@ def test_an_op_is_measured_against_its_peers(op):
     assert result.ratios.keys() == set(case.peers) and result.ours == "eager"
     assert all(gate.passed for gate in result.gates)
     assert (result.op, result.arch, result.dtype, result.tokens, result.width) == (
-        op, "cpu", "bf16", case.tokens, case.width,
+        op, "cpu", "bf16", case.rows, case.width,
     )  # fmt: skip
     assert result.bytes_moved > 0
 
 
-@pytest.mark.parametrize("op", ["adaln_rms_norm", "gated_residual_norm", "qk_norm_rope", "gelu"])
+@pytest.mark.parametrize(
+    "op", ["adaln_rms_norm", "gated_residual_norm", "gated_residual_norm_twice", "qk_norm_rope", "gelu"]
+)
 def test_a_backward_pass_alone_is_less_than_both(op):
     backward, both = (measure(make_case(op, timed=timed, tokens=512, rounds=9)) for timed in ("backward", "both"))
     assert backward.times["eager"].p20 < both.times["eager"].median
     assert any(gate.what.startswith("gradient of") for gate in backward.gates)
+
+
+def test_a_convolution_is_measured_by_the_pixels_that_it_reads():
+    """As an encoder asks for its implementation, B·T·H·W pixels of so many channels."""
+    result = dataclasses.replace(measure(make_case("causal_conv3d", batch=2)), medians={"triton": 2.0, "eager": 1.0})
+    assert (result.tokens, result.width) == (2 * 4 * 6, 64)
+    small = {**result.entry(), "arch": "sm_90"}
+    large = {**small, "tokens": 480, "medians": {"triton": 1.0, "eager": 2.0}}
+    rows = rows_of({"cases": [small, large]}, ("causal_conv3d",), "h200")
+    choice = choose("causal_conv3d", Machine("cuda", 90, "3.7.1"), "bf16", widths={64, 128}, measured=rows)
+    shapes = [(1, 2, 4, 6, 64), (2, 20, 4, 6, 64), (1, 2, 4, 6, 128)]
+    assert [Kernels((choice,)).on("causal_conv3d", shape) for shape in shapes] == ["eager", "triton", "triton"]
 
 
 def gradients(call: kernels.Call) -> list[torch.Tensor]:

@@ -28,6 +28,7 @@ SUBJECTS: dict[str, Callable[[KernelCase, torch.device], Subject]] = {
     "adaln_rms_norm": adaln_rms_norm.subject,
     "gated_residual": gated_residual.alone_subject,
     "gated_residual_norm": gated_residual.norm_subject,
+    "gated_residual_norm_twice": gated_residual.twice_subject,
     "qk_norm_rope": qk_norm_rope.subject,
     "gelu": gelu.subject,
     "lora_linear": lora_linear.subject,
