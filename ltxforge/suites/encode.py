@@ -36,6 +36,9 @@ class EncodeCase(Case):
     most_gb: Annotated[float, Field(gt=0, le=1000)] | None = Field(
         None, description="The most that ours may take above the weights on a GPU, in units of 1e9 bytes."
     )
+    most_seconds: Annotated[float, Field(gt=0, le=1000)] | None = Field(
+        None, description="The most that our median may be on a GPU."
+    )
 
     known_peers: ClassVar[tuple[str, ...]] = (WHOLE, CHANNELS_LAST, FRAMEWISE, TILED)
     examples: ClassVar[dict[str, str]] = EXAMPLES
@@ -75,10 +78,14 @@ class EncodeResult(Result):
         return {OURS: self.times[OURS].median} if OURS in self.times else {}
 
     def missed_floors(self) -> list[str]:
-        """Also: more memory than the case allows."""
-        most, taken = self.case.get("most_gb"), self.peak_bytes.get(OURS, 0) / 1e9
-        too_much = [f"takes {taken:.2f} GB above the weights, more than {most:g}"] if most and taken > most else []
-        return super().missed_floors() + too_much
+        """Also: more memory or time than the case allows."""
+        found, most, longest = super().missed_floors(), self.case.get("most_gb"), self.case.get("most_seconds")
+        taken, median = self.peak_bytes.get(OURS, 0) / 1e9, self.seconds().get(OURS, 0.0)
+        if most and taken > most:
+            found.append(f"takes {taken:.2f} GB above the weights, more than {most:g}")
+        if longest and median > longest:
+            found.append(f"takes {median:.3f} s, more than {longest:g}")
+        return found
 
     def entry(self) -> dict[str, Any]:
         """With frames per second."""
