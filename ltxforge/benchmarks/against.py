@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def read_baseline(path: Path, head: Mapping[str, Any]) -> Baseline:
     """Read an earlier results file.
 
     Raises:
-        PlanError: it is none, of another kind of suite, or of another device.
+        PlanError: it is none, of another kind of suite, of another device, or says seconds that nothing takes.
     """
     remedy = "Name a results file that `ltxforge bench` wrote for this suite on this device."
     try:
@@ -68,6 +69,10 @@ def read_baseline(path: Path, head: Mapping[str, Any]) -> Baseline:
     for name, theirs, ours in zip(("suite", "kind of device", "device"), found, here, strict=True):
         if theirs != ours:
             raise PlanError(f"was measured with another {name}: {theirs}, here {ours}", where=str(path), remedy=remedy)
+    for (case, what), (_, value) in seconds.items():
+        if not (math.isfinite(value) and value > 0):
+            told = f"{case}: {what} has {value:g} seconds, which nothing takes"
+            raise PlanError(told, where=str(path), remedy="Measure this baseline again.")
     return Baseline(seconds)
 
 

@@ -54,6 +54,13 @@ def test_another_machine_s_figures_are_refused(tmp_path, changes, message):
         read_baseline(baseline(tmp_path / "b.json", **changes), HEAD)
 
 
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
+def test_seconds_that_nothing_takes_are_refused(tmp_path, seconds):
+    path = baseline(tmp_path / "b.json", entry({"eager": 1.0, "triton": seconds}))
+    with pytest.raises(PlanError, match="a: triton has .* seconds, which nothing takes"):
+        read_baseline(path, HEAD)
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(PlanError, match="cannot be read: No such file"):
         read_baseline(tmp_path / "b.json", HEAD)

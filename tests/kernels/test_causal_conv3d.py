@@ -168,8 +168,8 @@ def test_compiled(device):
 
 
 @pytest.mark.parametrize("implementation", ["triton", "eager"])
-def test_gradients_are_refused(implementation):
-    given = inputs(SMALL, Filler())
+def test_gradients_are_refused(implementation, device):
+    given = inputs(SMALL, Filler(device))
     learning = replace(given, weight=given.weight.clone().requires_grad_())
     with pytest.raises(RuntimeError, match=r"has no gradient: clips are encoded under torch\.no_grad"):
         run(learning, implementation)
