@@ -137,3 +137,10 @@ def test_a_run_without_choices_was_eager():
 def test_the_widths_are_those_of_the_published_models(version, op, widths):
     spec = next(spec for name, spec in SPECS.items() if name.startswith(version))
     assert widths_of(op, spec) == (widths and frozenset(widths))
+
+
+def test_a_high_rank_is_eager_in_its_own_op_alone():
+    high = answers(chosen(rank=512))
+    assert high.pop("lora_linear") == "eager" and set(high.values()) == {"triton"}
+    with pytest.raises(PlanError, match="a rank of 256 at most, and this is 512"):
+        chosen(rank=512, asked={"lora_linear": "triton"})
