@@ -103,7 +103,7 @@ def _sigmoid(x: float) -> float:
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """A batch ready for the model. Timesteps stay on the host, so that telling them apart waits for no device.
+    """A batch ready for the model. Timesteps stay on the host, where they are told apart.
 
     Attributes:
         tokens: [B, T, C], noised, in the model's dtype; conditioning tokens are clean.
@@ -175,14 +175,14 @@ def mix(
     drawn = torch.tensor(sigma, dtype=torch.float64)[:, None]
     per_token = drawn.expand(clean.shape).masked_fill(clean, 0.0)
     timesteps = per_token if bool(clean.any()) else drawn
-    level = per_token.to(latents.dtype).to(latents.device)
+    level = per_token.to(latents.dtype).to(latents.device, non_blocking=True)
     implementation = kernels.on("flow_matching", latents.shape)
     return NoisyBatch(
         tokens=op.noise(latents, noise, level, dtype, implementation=implementation),
         timesteps=(timesteps * 1000).to(torch.float32),
         latents=latents,
         noise=noise,
-        mask=(~clean).to(latents.dtype).to(latents.device),
+        mask=(~clean).to(latents.dtype).to(latents.device, non_blocking=True),
         sigma=tuple(sigma),
     )
 

@@ -37,6 +37,7 @@ def choose_kernels(
     asked: Mapping[str, str] | None = None,
     spec: ModelSpec | None = None,
     previous: Kernels | None = None,
+    rank: int = 0,
 ) -> Kernels:
     """The choices of a run: what the recipe asks for, else what the run began with, else what is best here.
 
@@ -45,6 +46,7 @@ def choose_kernels(
         asked: as `asked_for` gives it.
         spec: the model, whose widths alone matter; by default every width that was measured.
         previous: the choices of the run that goes on.
+        rank: the LoRA's.
 
     Raises:
         PlanError: the recipe asks for what cannot run here; all of it is told at once.
@@ -52,11 +54,12 @@ def choose_kernels(
     asked, found, refused = asked or {}, [], {}
     for op in ops:
         dtype = encoder_precision if op == "causal_conv3d" else precision
-        if op in asked and (obstacle := why_not(asked[op], machine, dtype)):
+        of_rank = rank if op == "lora_linear" else 0
+        if op in asked and (obstacle := why_not(asked[op], machine, dtype, of_rank)):
             refused.setdefault((asked[op], obstacle), []).append(op)
             continue
-        choice = choose(op, machine, dtype, asked.get(op), widths_of(op, spec) if spec else None)
-        found.append(choice if previous is None or op in asked else _kept(choice, previous, machine, dtype))
+        choice = choose(op, machine, dtype, asked.get(op), widths_of(op, spec) if spec else None, rank=of_rank)
+        found.append(choice if previous is None or op in asked else _kept(choice, previous, machine, dtype, of_rank))
     if refused:
         raise _refusal(refused)
     return Kernels(tuple(found))
@@ -70,10 +73,10 @@ def _refusal(refused: Mapping[tuple[str, str], Collection[str]]) -> PlanError:
     )
 
 
-def _kept(fresh: Choice, previous: Kernels, machine: Machine, dtype: str) -> Choice:
+def _kept(fresh: Choice, previous: Kernels, machine: Machine, dtype: str, rank: int) -> Choice:
     """What the run began with, if it can run here. Ops that are not in an earlier plan were eager then."""
     before = next((choice for choice in previous.choices if choice.op == fresh.op), Choice(fresh.op, "eager", ""))
-    if any(why_not(each, machine, dtype) for each in before.implementations):
+    if any(why_not(each, machine, dtype, rank) for each in before.implementations):
         return fresh
     if (before.implementation, before.exceptions) == (fresh.implementation, fresh.exceptions):
         return fresh

@@ -28,7 +28,7 @@ def show_kernels(recipe: Recipe | None, screen: Screen) -> None:
     dtypes = precisions(recipe, hardware, None) if recipe else WITHOUT_RECIPE
     kernels = choose_kernels(
         (*OPS, *QUANTISED_OPS), hardware.machine, *dtypes, asked=asked_for(recipe.kernels) if recipe else None,
-        spec=spec_named(recipe.model) if recipe else None,
+        spec=spec_named(recipe.model) if recipe else None, rank=recipe.lora.rank if recipe else 0,
     )  # fmt: skip
     screen.show(kernels_table(kernels, f"in {_dtypes(*dtypes)} on {_machine(hardware)}"))
 

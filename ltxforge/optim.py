@@ -31,6 +31,8 @@ class Optimizer:
         for group in self._engine.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
+        # bitsandbytes writes through pointers, which PyTorch does not see; who keeps a copy asks for the version.
+        torch.autograd.graph.increment_version(list(self.parameters.values()))
         self._engine.zero_grad(set_to_none=True)
 
     def clear_gradients(self) -> None:

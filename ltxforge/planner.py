@@ -244,7 +244,7 @@ def _kernels(recipe: Recipe, facts: Facts, modalities: str) -> Kernels:
     dtypes = precisions(recipe, facts.hardware, facts.previous)
     return choose_kernels(
         used_ops(modalities), facts.hardware.machine, *dtypes, asked=asked_for(recipe.kernels), spec=facts.spec,
-        previous=facts.previous.kernels if facts.previous else None,
+        previous=facts.previous.kernels if facts.previous else None, rank=recipe.lora.rank,
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from ltxforge.lora.files import export, provenance, read
 from ltxforge.lora.inject import adapter_parameters, adapter_scaling, inject, load_adapter
 from ltxforge.lora.targets import match
 from ltxforge.models.interface import VideoModel
+from ltxforge.models.parts import release_memory
 from ltxforge.optim import Optimizer
 from ltxforge.plan import Plan
 from ltxforge.run_directory import RunDirectory
@@ -55,6 +56,7 @@ def make_trainable(plan: Plan, model: VideoModel, emit: Emit) -> Optimizer:
     model.load_transformer()
     matched = match(plan.lora.targets, model.spec, plan.lora.modalities, plan.training.modalities)
     report = inject(model.transformer, plan.lora, matched, plan.seed, plan.kernels)
+    release_memory(model.device)  # of weights that now stand beside a copy of B
     emit(LoraInjected(dataclasses.asdict(report)))
     model.kernels = plan.kernels
     model.set_checkpointing(plan.memory.checkpointing)

@@ -175,8 +175,8 @@ def of_those_present(by_sample: Tensor, sigma: tuple[float, ...], present: Tenso
     """The losses of the samples that have the modality."""
     if present is None:
         return Losses(by_sample, sigma)
-    kept = present.tolist()
-    return Losses(by_sample[present.to(by_sample.device)], tuple(itertools.compress(sigma, kept)))
+    kept = present.tolist()  # on the host; a mask on the device would wait for it
+    return Losses(torch.stack(list(itertools.compress(by_sample, kept))), tuple(itertools.compress(sigma, kept)))
 
 
 def draw(plan: Plan, batch: Batch, step: int, model: VideoModel) -> Streams[flow_matching.NoisyBatch]:

@@ -149,3 +149,10 @@ def test_a_convolution_is_as_wide_as_what_it_reads_in_this_encoder():
             vae = (AutoencoderKLLTX2Video if spec.has_audio else AutoencoderKLLTXVideo)(**spec.vae_config)
         read = {module.in_channels for module in vae.encoder.modules() if isinstance(module, torch.nn.Conv3d)}
         assert widths_of("causal_conv3d", spec) == read, name
+
+
+def test_a_high_rank_is_eager_in_its_own_op_alone():
+    high = answers(chosen(rank=512))
+    assert high.pop("lora_linear") == "eager" and set(high.values()) == {"triton"}
+    with pytest.raises(PlanError, match="a rank of 256 at most, and this is 512"):
+        chosen(rank=512, asked={"lora_linear": "triton"})

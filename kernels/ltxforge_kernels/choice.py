@@ -21,8 +21,12 @@ OPS = ("causal_conv3d", "flow_matching", "adaln_rms_norm", "gated_residual", "qk
 # Of quantised base weights, which no recipe can ask for yet.
 QUANTISED_OPS = ("nf4", "int8", "fp8")
 
-# Ampere: the first with bf16 arithmetic and asynchronous copies, and the oldest that the compile-only tests cover.
-OLDEST_CUDA_ARCH = 80
+# What our kernels are configured for: the tests compile every one of them for each of these. Ampere is the first with
+# bf16 arithmetic and asynchronous copies.
+CHIPS: tuple[int | str, ...] = (80, 86, 89, 90, 100, 120, "gfx942")
+# Chips that take another one's configurations: the same generation, with as much shared memory at least.
+LIKE: dict[int | str, int | str] = {87: 86, 103: 100, 121: 120}
+HIGHEST_LORA_RANK = 256
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -142,6 +146,7 @@ def choose(
     override: str | None = None,
     widths: Collection[int] | None = None,
     measured: Iterable[profiles.Measured] = profiles.TABLE,
+    rank: int = 0,
 ) -> Choice:
     """The implementation of an op.
 
@@ -150,6 +155,7 @@ def choose(
         dtype: "bf16", "fp16" or "fp32", what the op's largest tensors hold.
         override: what the recipe asks for, if it does; it holds for every shape, whatever was measured.
         widths: the tensors' widths that a run has; by default all that were measured.
+        rank: of the LoRA, for an op that has one.
 
     Raises:
         Unavailable: the override cannot run here, or is no implementation.
@@ -157,10 +163,10 @@ def choose(
     if override is not None and override not in IMPLEMENTATIONS:
         raise Unavailable(f"{op} has no implementation {override!r}, only {', '.join(IMPLEMENTATIONS)}")
     if override is not None:
-        if obstacle := why_not(override, machine, dtype):
+        if obstacle := why_not(override, machine, dtype, rank):
             raise Unavailable(f"{op} cannot be {override} here: {obstacle}")
         return Choice(op, override, "asked for in the recipe")
-    if obstacle := why_not("triton", machine, dtype):
+    if obstacle := why_not("triton", machine, dtype, rank):
         return Choice(op, "eager", obstacle)
     rows = [
         row for row in profiles.of_machine(op, machine.arch, dtype, measured) if widths is None or row.width in widths
@@ -184,14 +190,14 @@ def _sources(rows: Iterable[profiles.Measured]) -> str:
     return ", ".join(sorted({row.source for row in rows}))
 
 
-def why_not(implementation: str, machine: Machine, dtype: str) -> str | None:
-    """What stands against an implementation on this machine, or None."""
+def why_not(implementation: str, machine: Machine, dtype: str, rank: int = 0) -> str | None:
+    """What stands against an implementation on this machine, or None; `rank` for an op that has a LoRA."""
     if implementation == "triton":
-        return why_no_triton(machine, dtype)
+        return why_no_triton(machine, dtype, rank)
     return why_no_compile(machine) if implementation == "compile" else None
 
 
-def why_no_triton(machine: Machine, dtype: str) -> str | None:
+def why_no_triton(machine: Machine, dtype: str, rank: int = 0) -> str | None:
     """What stands against our kernels on this machine, or None."""
     if machine.device not in ("cuda", "rocm"):
         return f"our kernels need an NVIDIA or AMD GPU, and this is {machine.device}"
@@ -201,10 +207,13 @@ def why_no_triton(machine: Machine, dtype: str) -> str | None:
         return f"Triton needs {machine.triton_lacks}"
     if machine.interpreted:
         return "TRITON_INTERPRET is set, so that Triton runs without the GPU"
-    if machine.device == "cuda" and (not isinstance(machine.arch, int) or machine.arch < OLDEST_CUDA_ARCH):
-        return f"our kernels start at sm_{OLDEST_CUDA_ARCH}, and this is {arch_name(machine)}"
+    if machine.arch not in CHIPS and machine.arch not in LIKE:
+        chips = ", ".join(chip_name(chip) for chip in (*CHIPS, *LIKE))
+        return f"our kernels are configured for {chips}, and this is {arch_name(machine)}"
     if dtype not in DTYPES:
         return f"our kernels hold {', '.join(DTYPES)}, not {dtype}"
+    if rank > HIGHEST_LORA_RANK:
+        return f"our kernel takes a rank of {HIGHEST_LORA_RANK} at most, and this is {rank}"
     return None
 
 
@@ -219,6 +228,9 @@ def why_no_compile(machine: Machine) -> str | None:
 
 def arch_name(machine: Machine) -> str:
     """`sm_90`, `gfx942`, or the device's kind where there is no more to tell."""
-    if isinstance(machine.arch, int):
-        return f"sm_{machine.arch}"
-    return machine.arch or machine.device
+    return machine.device if machine.arch is None else chip_name(machine.arch)
+
+
+def chip_name(arch: int | str) -> str:
+    """`sm_90` for 90; AMD's names are names already."""
+    return f"sm_{arch}" if isinstance(arch, int) else arch

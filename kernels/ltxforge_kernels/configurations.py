@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ltxforge_kernels.choice import LIKE
 from ltxforge_kernels.target import INTERPRETER
 
 # Widths are bucketed by the next power of two, at most this: beyond it, one row is more than one program's.
@@ -225,7 +226,7 @@ def configuration(kernel: str, arch: int | str, dtype: torch.dtype, width: int) 
     Raises:
         KeyError: the table has no row for the kernel.
     """
-    rows = [row for row in TABLE if row.fits(kernel, arch, dtype, bucket(width))]
+    rows = [row for row in TABLE if row.fits(kernel, LIKE.get(arch, arch), dtype, bucket(width))]
     if not rows:
         raise KeyError(f"no configuration of {kernel} for {arch}, {dtype}, width {width}")
     return max(rows, key=lambda row: row.specific).configuration

@@ -72,6 +72,7 @@ def plan_of(case: StepCase, hardware: Hardware) -> Plan:
             case.precision,
             asked=dict.fromkeys(OPS, case.kernels) if case.kernels else None,
             spec=spec,
+            rank=case.rank,
         ),
     )
 

@@ -27,7 +27,7 @@ class LoraLinear(lora.Linear):
 
     kernels: Kernels = EAGER
     augmented: Tensor | None = None
-    _copied: tuple[int, int] | None = None
+    _copied: tuple[nn.Parameter, int] | None = None
 
     def compute_with(self, kernels: Kernels) -> None:
         """Take the run's choice, and store W as that wants it. Once, before the layer is first used."""
@@ -70,13 +70,21 @@ class LoraLinear(lora.Linear):
         return (draw_kept(x, 1 - dropout), 1 - dropout) if self.training and dropout else (None, 1.0)
 
     def refresh(self) -> None:
-        """Copy B behind W if it has changed since. Between a forward and its backward it does not."""
+        """Copy B behind W if its version has changed. Between a forward and its backward it does not.
+
+        What is written through `.data` or a pointer changes no version: `Optimizer.step` raises it itself.
+        """
         if self.augmented is None:
             return
         (b,) = [each.weight for each in self.lora_B.values()]
-        if self._copied != (id(b), b._version):
+        if self._copied is None or self._copied[0] is not b or self._copied[1] != b._version:
+            assert self.base_layer.weight.data_ptr() == self.augmented.data_ptr(), "W is no longer where B's copy is"
             refresh(self.augmented, b)
-            self._copied = (id(b), b._version)
+            self._copied = b, b._version
+
+    def merge(self, *_args: Any, **_kwargs: Any) -> None:
+        """Never: W stays what it was, and a merged branch would count twice."""
+        raise NotImplementedError("LoraLinear is not merged; export the LoRA and merge it with PEFT")
 
     def _store(self, augmented: Tensor) -> None:
         self.augmented, self._copied = augmented, None

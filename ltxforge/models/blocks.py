@@ -73,13 +73,13 @@ def distinct_timesteps(timesteps: Tensor, device: torch.device) -> tuple[Tensor,
     """The timesteps to embed, [U], and each token's number among them, [B, T] int32, or None for one per sample.
 
     With first-frame conditioning a sample has T timesteps of two values; embedding them per token would cost K·T·D.
-    Timesteps that lie on the host are told apart there, so that nothing waits for the device.
+    Timesteps that lie on the host are told apart there, and go over without waiting for what the device has to do.
     """
     assert timesteps.dtype == torch.float32, f"timesteps must be float32, not {timesteps.dtype}"
     if timesteps.shape[1] == 1:
-        return timesteps[:, 0].to(device), None
+        return timesteps[:, 0].to(device, non_blocking=True), None
     distinct, index = timesteps.unique(return_inverse=True)
-    return distinct.to(device), index.to(device, torch.int32)
+    return distinct.to(device, non_blocking=True), index.to(torch.int32).to(device, non_blocking=True)
 
 
 def norm(module: nn.Module, hidden: Tensor, moved: Shift | None, kernels: Kernels) -> Tensor:

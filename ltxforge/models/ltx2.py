@@ -179,7 +179,7 @@ def prepare(
     if (projection := modality.of(transformer, "caption_projection")) is not None:
         prompt = projection(prompt)
     if (prompt_embed := modality.of(transformer, "prompt_adaln")) is not None:
-        prompt_rows = embed(prompt_embed, stream.sample_timesteps.to(stream.tokens.device), dtype)[0]
+        prompt_rows = embed(prompt_embed, stream.sample_timesteps.to(stream.tokens.device, non_blocking=True), dtype)[0]
     assert prompt.shape[0] == count and stream.sample_timesteps.shape == (count,)
     given = Given(
         own=Modulation(block, index),
@@ -213,7 +213,7 @@ def prepare_cross(
     dtype, config = stream.tokens.dtype, transformer.config
     own, _ = embed(getattr(transformer, modality.cross_embed), distinct, dtype)
     ratio = config.cross_attn_timestep_scale_multiplier / config.timestep_scale_multiplier
-    level = other.sample_timesteps.to(stream.tokens.device)
+    level = other.sample_timesteps.to(stream.tokens.device, non_blocking=True)
     gate, _ = embed(getattr(transformer, modality.gate_embed), level * ratio, dtype)
     return Cross(
         own=Modulation(own, index),

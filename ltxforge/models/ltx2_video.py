@@ -110,7 +110,7 @@ class LTX2Video(BaseModel):
             prompt_mask=None if mask is None else mask.to(self.device),
             rope=rope,
             cross_rope=cross_rope,
-            present=None if noisy.present is None else noisy.present.to(self.device),
+            present=None if noisy.present is None else noisy.present.to(self.device, non_blocking=True),
         )
 
     def _both_ropes(self, name: str, clip: Noisy, tokens: int) -> tuple[Rope, ...]:

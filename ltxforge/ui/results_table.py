@@ -7,9 +7,11 @@ result's entry in the results file, so that a table can be made again from the f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -21,12 +23,12 @@ Row = dict[str, str]
 
 
 def results_table(suite: str, entries: Sequence[Entry]) -> RenderableType:
-    """The measured cases as a table; below it what became of the others, and what is wrong."""
+    """The measured cases as a table as wide as the screen allows; below it what became of the others, and faults."""
     rows = [ROWS[suite](entry) for entry in entries if entry["outcome"] == "measured"]
     ratios = [f"  {row['case']}: {row[RATIOS]}" for row in rows if row.get(RATIOS)]
     narrow = [{title: cell for title, cell in row.items() if title != RATIOS} for row in rows]
     lines = [*([f"{RATIOS}:"] if ratios else []), *ratios, *_remarks(entries)]
-    return Group(*([_table(narrow)] if rows else []), *(Text(printable(line)) for line in lines))
+    return Group(*([Fitting(narrow)] if rows else []), *(Text(printable(line)) for line in lines))
 
 
 def markdown(head: Mapping[str, Any], entries: Sequence[Entry]) -> str:
@@ -104,16 +106,17 @@ def memory_row(entry: Entry) -> Row:
 
 
 def kernels_row(entry: Entry) -> Row:
-    """Our time and its spread, the rate and its share of the ceiling, launches, the worst gate, and every ratio."""
+    """Our time, its spread and the host's, the share of the ceiling, launches, the worst gate, and every ratio."""
     times, ours = entry["times"][entry["ours"]], entry["ours"]
     errors = [gate["error"] for gate in entry["gates"] if gate["implementation"] == ours and gate["error"] is not None]
     shares = [f"{share:.0%} {name.split()[0]}" for name, share in entry["shares"].items()]
     return {
         "case": entry["name"],
         "ours": ours,
-        "median": brief(times["median"]),
+        "median": brief(times["median"]) + (LATE if times.get("is_late") else ""),
         "p20": brief(times["p20"]),
         "p80": brief(times["p80"]),
+        "host": "" if times.get("host") is None else brief(times["host"]),
         "graph": "" if times["graph"] is None else brief(times["graph"]),
         "of ceiling": ", ".join(shares),
         "launches": "" if times["launches"] is None else str(times["launches"]),
@@ -123,6 +126,8 @@ def kernels_row(entry: Entry) -> Row:
     }
 
 
+LATE = " *"
+"""Behind a median that the host's time is a part of."""
 RATIOS = "times our time"
 """The title of a cell with all ratios, where peers differ from case to case; on a screen they stand below the table."""
 
@@ -193,11 +198,31 @@ def _remarks(entries: Sequence[Entry]) -> list[str]:
             without.setdefault((entry["outcome"], entry["reason"]), []).append(entry["name"])
     lines = [f"{several(names)}: {outcome}. {reason}" for (outcome, reason), names in without.items()]
     for entry in entries:
-        missing = entry.get("unavailable", {})
-        lines += [f"{entry['name']}: {peer} was not measured: {reason}" for peer, reason in missing.items()]
         if entry["outcome"] == "measured":
             lines += [f"{entry['name']}: {fault}" for fault in entry.get("faults", ())]
-    return lines
+    if late := [entry["name"] for entry in entries if _is_late(entry)]:
+        lines.append(f"{several(late)}:{LATE} the GPU waited for the host, whose time is part of the median")
+    return lines + _not_measured(entries)
+
+
+def _is_late(entry: Entry) -> bool:
+    return any(times.get("is_late") for times in entry.get("times", {}).values())
+
+
+def _not_measured(entries: Sequence[Entry]) -> list[str]:
+    """Peers that could not take part: why, in which cases, and that their floors say nothing then."""
+    missing: dict[tuple[str, str], list[str]] = {}
+    unchecked: set[tuple[str, str]] = set()
+    for entry in entries:
+        for peer, reason in entry.get("unavailable", {}).items():
+            missing.setdefault((peer, reason), []).append(entry["name"])
+            if peer in entry["case"].get("floors", {}):
+                unchecked.add((peer, reason))
+    return [
+        f"not measured: peer {peer}: {reason} ({several(names)})"
+        + (", so that its floor is not checked" if (peer, reason) in unchecked else "")
+        for (peer, reason), names in missing.items()
+    ]
 
 
 def several(names: Sequence[str]) -> str:
@@ -219,10 +244,34 @@ def _lines(rows: Sequence[Row]) -> list[str]:
     return [_line(titles), _line(["---", *["---:"] * (len(titles) - 1)]), *body, ""]
 
 
+@dataclass(frozen=True)
+class Fitting:
+    """A table of rows that leaves out what there is no room for: a figure is whole or not there."""
+
+    rows: Sequence[Row]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        rows = self.rows
+        for titles in DISPENSABLE:
+            if Measurement.get(console, options.update(max_width=WIDE), _table(rows)).maximum <= options.max_width:
+                break
+            rows = [{name: cell for name, cell in row.items() if name not in titles} for row in rows]
+        yield _table(rows)
+
+
+DISPENSABLE = (
+    ("p20", "p80"), ("peak",), ("launches",), ("error",), ("another function",), ("weights",), ("tokens",),
+    ("of ceiling",), ("host",), ("frames/s",), ("graph",), ("forward", "backward", "update"), ("ours",),
+)  # fmt: skip
+"""Columns in the order in which a narrow screen does without them; the results file has them all."""
+WIDE = 10_000
+
+
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, title in enumerate(titles := _titles(rows)):
-        table.add_column(title, justify="right" if number else "left", no_wrap=True)
+        # Names break where there is no room at all; figures never do.
+        table.add_column(title, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     for row in rows:
         table.add_row(*(printable(row.get(title, "")) for title in titles))
     return table

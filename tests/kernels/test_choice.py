@@ -33,7 +33,11 @@ MI300 = Machine("rocm", "gfx942", "3.7.1")
         (Machine("mps"), "bf16", "eager", "our kernels need an NVIDIA or AMD GPU, and this is mps"),
         (Machine("cuda", 90), "bf16", "eager", "Triton is not installed"),
         (Machine("cuda", 90, "3.7.1", triton_lacks="a C compiler"), "bf16", "eager", "Triton needs a C compiler"),
-        (Machine("cuda", 75, "3.7.1"), "fp16", "eager", "our kernels start at sm_80, and this is sm_75"),
+        (Machine("cuda", 75, "3.7.1"), "fp16", "eager", "our kernels are configured for sm_80, sm_86, "),
+        (Machine("cuda", 121, "3.7.1"), "bf16", "triton", "Triton 3.7.1 on sm_121"),
+        (Machine("cuda", 110, "3.7.1"), "bf16", "eager", "our kernels are configured for sm_80, sm_86, "),
+        (Machine("rocm", "gfx1100", "3.7.1"), "bf16", "eager", "our kernels are configured for sm_80, sm_86, "),
+        (Machine("rocm", None, "3.7.1"), "bf16", "eager", "our kernels are configured for sm_80, sm_86, "),
         (Machine("cuda", 90, "3.7.1", True), "bf16", "eager", "TRITON_INTERPRET is set"),
         (H200, "fp64", "eager", "our kernels hold fp32, bf16, fp16, not fp64"),
     ],
@@ -148,3 +152,14 @@ def test_everything_and_nothing(op):
 def test_every_op_that_has_a_folder_is_named():
     folders = {path.parent.name for path in Path(ltxforge_kernels.__file__).parent.glob("*/__init__.py")}
     assert folders <= {*OPS, *QUANTISED_OPS}
+
+
+def test_a_rank_that_the_kernel_does_not_take():
+    assert choose("lora_linear", H200, "bf16", rank=256).implementation == "triton"
+    choice = choose("lora_linear", H200, "bf16", rank=257)
+    assert (choice.implementation, choice.reason) == (
+        "eager",
+        "our kernel takes a rank of 256 at most, and this is 257",
+    )
+    with pytest.raises(Unavailable, match="a rank of 256 at most"):
+        choose("lora_linear", H200, "bf16", "triton", rank=257)

@@ -7,7 +7,7 @@ from pathlib import Path
 import ltxforge_kernels
 import pytest
 import torch
-from ltxforge_kernels import configurations
+from ltxforge_kernels import choice, configurations
 from ltxforge_kernels.compile_only import CHIPS
 from ltxforge_kernels.configurations import TABLE, Configuration, Row, bucket, configuration
 from ltxforge_kernels.target import INTERPRETER
@@ -20,6 +20,14 @@ def test_rows_name_ops_and_chips_that_exist():
     assert {row.kernel.partition(".")[0] for row in TABLE} == OPS
     assert {row.arch for row in TABLE} <= ARCHES | {INTERPRETER, None}
     assert {row.width for row in TABLE if row.width} <= {1 << power for power in range(15)}
+
+
+def test_chips_that_are_chosen_for_are_those_that_are_compiled_for():
+    assert set(choice.CHIPS) == ARCHES and set(choice.LIKE.values()) <= ARCHES
+    for chip, other in choice.LIKE.items():
+        assert configuration("causal_conv3d.tile", chip, torch.bfloat16, 512) == configuration(
+            "causal_conv3d.tile", other, torch.bfloat16, 512
+        )
 
 
 @pytest.mark.parametrize("kernel", sorted({row.kernel for row in TABLE}))

@@ -367,7 +367,7 @@ def test_the_compiled_reference(step):
     ("change", "message"),
     [
         ({"x": torch.zeros(3, 15)}, r"a is \[4, 16\], not \[R, 15\]"),
-        ({"a": torch.zeros(257, 16)}, "R from 1 to 256"),
+        ({"a": torch.zeros(0, 16)}, r"a is \[0, 16\]"),
         ({"b": torch.zeros(8, 5)}, r"b is \[8, 5\], not \[N, 4\]"),
         ({"kept": torch.ones(24, 16)}, "kept is .* not .* torch.bool"),
         ({"keep": 0.0}, "probability 0.0"),
@@ -383,6 +383,13 @@ def test_wrong_arguments_are_refused(change, message):
     given = dataclasses.replace(inputs(SMALL, Filler()), **change)
     with pytest.raises(ValueError, match=message):
         lora_linear(*given.layer, implementation="eager")
+
+
+def test_a_rank_beyond_the_kernel_s_is_eager_s():
+    given = inputs(dataclasses.replace(SMALL, rank=257), Filler())
+    assert lora_linear(*given.layer, implementation="eager").shape == given.upstream.shape
+    with pytest.raises(ValueError, match="a rank of 256 at most, not 257: choose eager"):
+        lora_linear(*given.layer, implementation="triton")
 
 
 def test_a_base_that_does_not_fit_is_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from ltxforge_kernels.choice import EAGER, Kernels, everything
@@ -11,6 +13,7 @@ from ltxforge import trainer
 from ltxforge.lora.inject import adapter_parameters
 from ltxforge.lora.linear import LoraLinear
 from ltxforge.models import ltx2, ltx_video
+from ltxforge.optim import Optimizer
 from ltxforge.plan import Plan
 
 STEP = 5
@@ -98,3 +101,41 @@ def test_a_block_is_one_graph(family, base, implementation, checkpointing, plan_
     assert torch.equal(plain[0], compiled[0])
     for name, gradient in plain[1].items():
         assert torch.equal(gradient, compiled[1][name]), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
+def test_every_optimizer_s_update_reaches_the_next_forward(optimizer, plan_maker):
+    """B's copy behind W follows what the optimiser wrote, however it wrote it: the losses are eager's."""
+    base, found = "tiny/ltx-video", {}
+    plan = plan_for(base, plan_maker)
+    plan = dataclasses.replace(plan, optimizer=dataclasses.replace(plan.optimizer, name=optimizer, schedule="constant"))
+    for kernels in (EAGER, everything("triton")):
+        model = make_model(base, plan, kernels, torch.bfloat16)
+        updates = Optimizer(plan.optimizer, adapter_parameters(model.transformer))
+        losses = []
+        for _ in range(3):
+            by_sample = trainer.forward(plan, model, make_batch(base), STEP, 0).video.by_sample
+            by_sample.sum().backward()
+            updates.step(0.05)
+            losses.append(by_sample.detach())
+        found[kernels] = torch.stack(losses)
+    eager, ours = found.values()
+    assert apart(eager[2], eager[0]) > 0.05, "nothing moved, so nothing is shown"
+    assert apart(ours, eager) < 0.01
+
+
+def test_a_model_that_moves_keeps_weights_and_loras_in_one_matrix(plan_maker):
+    """To another dtype and back, as a sample moves it between devices."""
+    plan = plan_for("tiny/ltx-video", plan_maker)
+    model = make_model("tiny/ltx-video", plan, everything("triton"), torch.bfloat16)
+    layers = [module for module in model.transformer.modules() if isinstance(module, LoraLinear)]
+    before = [layer.base_layer.weight.clone() for layer in layers]
+    model.transformer.to(torch.float32).to(torch.bfloat16)
+    for layer, weight in zip(layers, before, strict=True):
+        assert torch.equal(layer.base_layer.weight, weight) and not layer.base_layer.weight.requires_grad
+        assert layer.base_layer.weight.untyped_storage().data_ptr() == layer.augmented.untyped_storage().data_ptr()
+        layer.refresh()
+        (b,) = [each.weight for each in layer.lora_B.values()]
+        assert torch.equal(layer.augmented[:, layer.in_features :][:, : b.shape[1]], b.to(torch.bfloat16))
+    with pytest.raises(NotImplementedError, match="not merged"):
+        layers[0].merge()

@@ -22,17 +22,65 @@ def entry(**changes: object) -> dict:
     result = KernelResult(
         name="adaln", outcome="measured", case={"floors": {"eager": 3.0}}, ratios={"eager": 2.5, "a|b": 1.25},
         ours="triton", medians={"triton": 2.5e-5},
-        times={"triton": Timing(2.5e-5, 2.4e-5, 2.6e-5, 2.2e-5, 1, 50_000_000)},
+        times={"triton": Timing(2.5e-5, 2.4e-5, 2.6e-5, 8e-5, False, 2.2e-5, 1, 50_000_000)},
         gates=(Gate("triton", "output 0", True, 1.6e-3, 1.8e-3), Gate("eager", "output 0", True, 2e-3, 1.8e-3)),
         shares={"copy bandwidth": 0.93}, unavailable={"Liger": "not installed"},
     )  # fmt: skip
     return {**result.entry(), "faults": ["too slow"], **changes}
 
 
-def shown(table: object) -> str:
+def shown(table: object, width: int = 240) -> str:
     stream = io.StringIO()
-    Console(file=stream, width=240).print(table)
+    Console(file=stream, width=width).print(table)
     return stream.getvalue()
+
+
+def on_a_gpu() -> list[dict]:
+    """Cases as an H200 would give them, the suite's longest name among them."""
+    names = ("qk-norm-rope-interleaved-2048-backward", "gated-residual-norm-4096-both-batch-2", "gelu")
+    times = {"triton": Timing(1.23e-4, 1.22e-4, 1.24e-4, 8.76e-5, False, 1.09e-4, 12, 50_000_000)}
+    return [entry(name=name, times={k: vars(each) for k, each in times.items()}, faults=[]) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("width", "titles"),
+    [
+        (80, ["case", "ours", "median", "host", "graph"]),
+        (120, ["case", "ours", "median", "host", "graph", "of ceiling", "launches", "peak", "error"]),
+        (160, ["case", "ours", "median", "p20", "p80", "host", "graph", "of ceiling", "launches", "peak", "error"]),
+    ],
+)
+def test_figures_are_whole_or_left_out_at_every_width(width, titles):
+    head, *lines = shown(results_table("kernels", on_a_gpu()), width).splitlines()
+    assert head.split() == " ".join(titles).split()
+    for line, name in zip(lines, ("qk-norm-rope-interleaved-2048-backward", "gated", "gelu"), strict=False):
+        assert line.startswith(name) and "123 µs" in line and "109 µs" in line and "…" not in line
+        assert len(line) <= width
+
+
+def test_a_screen_too_narrow_for_names_breaks_those():
+    text = shown(results_table("kernels", on_a_gpu()), 30)
+    assert "median" in text and text.count("123 µs") == 3 and "…" not in text
+
+
+def test_a_median_with_the_host_s_time_in_it_is_marked():
+    late = entry(times={"triton": vars(Timing(2.5e-5, 2.4e-5, 2.6e-5, is_late=True))})
+    text = shown(results_table("kernels", [late]))
+    assert "25 µs *" in text and "adaln: * the GPU waited for the host" in text
+
+
+def test_peers_that_are_not_there_are_told_at_the_end_with_floors_that_nobody_checked():
+    reason = "liger_kernel is not installed"
+    entries = [
+        entry(name=f"case-{k}", unavailable={"Liger": reason, "other": "no GPU"}, case={"floors": {"Liger": 1.3}})
+        for k in range(6)
+    ]
+    told = [
+        f"not measured: peer Liger: {reason} (case-0 and 5 more), so that its floor is not checked",
+        "not measured: peer other: no GPU (case-0 and 5 more)",
+    ]
+    assert shown(results_table("kernels", entries)).splitlines()[-2:] == told
+    assert markdown(HEAD, entries).splitlines()[-2:] == [f"- {line}" for line in told]
 
 
 def test_a_kernel_s_row():
@@ -47,7 +95,7 @@ def test_a_kernel_s_row():
         "eager 2.50; a|b 1.25",
     ):
         assert cell in text, cell
-    assert "adaln: Liger was not measured: not installed" in text and "adaln: too slow" in text
+    assert "not measured: peer Liger: not installed (adaln)" in text and "adaln: too slow" in text
 
 
 def test_cases_without_figures_are_told_below():

@@ -20,7 +20,7 @@ def tile(tokens, C: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     return sample, token, exists, offset, exists[:, None] & (channel < C)[None, :]
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "sigma_sample_stride", "sigma_token_stride"])
 def noise_kernel(
     latents,
     draws,
@@ -43,7 +43,7 @@ def noise_kernel(
     tl.store(output + offset, mixed.to(output.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "weight_sample_stride", "weight_token_stride"])
 def residual_kernel(
     prediction,
     latents,

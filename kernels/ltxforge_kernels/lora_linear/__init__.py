@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ltxforge_kernels.choice import HIGHEST_LORA_RANK
 from ltxforge_kernels.implementations import HAS_TRITON, pick
 from ltxforge_kernels.lora_linear import reference
 from ltxforge_kernels.lora_linear.augmented import augment, refresh, tail_width
@@ -29,10 +30,9 @@ if HAS_TRITON:
 else:
     launch = None
 
-__all__ = ["lora_linear", "lora_branch", "augment", "refresh", "tail_width", "draw_kept", "HIGHEST_RANK"]
+__all__ = ["lora_linear", "lora_branch", "augment", "refresh", "tail_width", "draw_kept"]
 
 ACTIVATIONS = ("none", "gelu")
-HIGHEST_RANK = 256
 
 
 def lora_linear(
@@ -55,7 +55,7 @@ def lora_linear(
         x: [..., K]; with "gelu" what comes before the activation.
         weight: [N, K], in x's dtype, frozen; a view of `augmented` where that is given.
         bias: [N] in x's dtype, frozen, or None.
-        a: [R, K], R at most 256.
+        a: [R, K], R at most `HIGHEST_LORA_RANK` with "triton".
         b: [N, R].
         scale: of the branch, alpha / R or what PEFT says.
         kept: bool [..., K], what dropout keeps (`draw_kept`); None without dropout.
@@ -65,7 +65,7 @@ def lora_linear(
             implementations read `weight` and `b` instead.
         implementation: "triton", "compile" or "eager", from the plan.
     """
-    require_branch(x, a, b, kept, keep)
+    require_branch(x, a, b, kept, keep, implementation)
     require_frozen(x, weight, bias, b, augmented)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}")
@@ -85,7 +85,7 @@ def lora_branch(
     implementation: str,
 ) -> Tensor:
     """base + scale·B·A·dropout(x), [..., N]; differentiable in x, base, a and b. Arguments as in `lora_linear`."""
-    require_branch(x, a, b, kept, keep)
+    require_branch(x, a, b, kept, keep, implementation)
     if base.shape != (*x.shape[:-1], b.shape[0]) or base.dtype != x.dtype:
         wanted = [*x.shape[:-1], b.shape[0]]
         raise ValueError(f"base is {list(base.shape)} of {base.dtype}, not {wanted} of {x.dtype}")
@@ -93,12 +93,14 @@ def lora_branch(
     return branch(x, base, a, b, scale, kept, keep)
 
 
-def require_branch(x: Tensor, a: Tensor, b: Tensor, kept: Tensor | None, keep: float) -> None:
+def require_branch(x: Tensor, a: Tensor, b: Tensor, kept: Tensor | None, keep: float, implementation: str) -> None:
     """Refuse what would broadcast or read beside a tensor: it is a mistake of the caller."""
     if x.ndim < 1 or x.shape[-1] == 0:
         raise ValueError(f"x is [..., K] and not empty in K, not {list(x.shape)}")
-    if a.ndim != 2 or a.shape[1] != x.shape[-1] or not 1 <= a.shape[0] <= HIGHEST_RANK:
-        raise ValueError(f"a is {list(a.shape)}, not [R, {x.shape[-1]}] with R from 1 to {HIGHEST_RANK}")
+    if a.ndim != 2 or a.shape[1] != x.shape[-1] or a.shape[0] == 0:
+        raise ValueError(f"a is {list(a.shape)}, not [R, {x.shape[-1]}]")
+    if implementation == "triton" and a.shape[0] > HIGHEST_LORA_RANK:
+        raise ValueError(f"the kernel takes a rank of {HIGHEST_LORA_RANK} at most, not {a.shape[0]}: choose eager")
     if b.ndim != 2 or b.shape[1] != a.shape[0] or b.shape[0] == 0:
         raise ValueError(f"b is {list(b.shape)}, not [N, {a.shape[0]}]")
     if kept is not None and (kept.shape != x.shape or kept.dtype != torch.bool):
