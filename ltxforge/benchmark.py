@@ -1,18 +1,21 @@
 """The verb `bench`: measures suites, one case after the other, and keeps what it found.
 
-Decides what a results file says and where it lies, and what makes the exit status an error. After each case the file is
-written anew, so that a machine that is taken away keeps what was measured. How a case is measured: `benchmarks/`.
+Decides what a results file says and where it lies, and what makes the exit status an error. Before and after each case
+the file is written anew, so that a machine that is taken away keeps what was measured and leaves behind what it was at.
+What an earlier call measured stays in the file or is kept aside. How a case is measured: `benchmarks/`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
 import shlex
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -22,19 +25,23 @@ from typing import Any
 import ltxforge_kernels
 import torch
 
-from ltxforge.benchmarks import encode, kernels, memory, step
 from ltxforge.benchmarks.against import Baseline, compare, read_baseline
 from ltxforge.benchmarks.bench import Bench, Told
 from ltxforge.benchmarks.ceilings import clocks
-from ltxforge.benchmarks.finished import Finished, read_finished
+from ltxforge.benchmarks.finished import TRIES, Finished, keep_aside, read_finished
+from ltxforge.benchmarks.resources import joined
 from ltxforge.distributed import refuse_several_processes
-from ltxforge.durable import faults_told, write_file, write_json
+from ltxforge.durable import faults_told, require_writable, write_file, write_json
 from ltxforge.errors import BenchmarkError, PlanError, Stopped
 from ltxforge.events import Note
 from ltxforge.hardware import Hardware, detect
 from ltxforge.signals import StopRequest
-from ltxforge.suites.case import Result
+from ltxforge.suites.case import Case, Result
+from ltxforge.suites.encode import EncodeResult
+from ltxforge.suites.kernels import KernelResult
+from ltxforge.suites.memory import MemoryResult
 from ltxforge.suites.read import SOURCE_TREE, Suite
+from ltxforge.suites.step import StepResult
 from ltxforge.ui.dispatch import Dispatcher
 from ltxforge.ui.ratio_chart import ratio_chart_svg
 from ltxforge.ui.results_table import against_table, markdown, resources_table, results_table, several
@@ -44,11 +51,13 @@ FORMAT = 2
 PACKAGES = ("diffusers", "transformers", "peft", "triton", "bitsandbytes", "liger_kernel")
 # They choose kernels or compile them for chips that are not here; they launch none.
 NO_KERNELS = ("choice.py", "profiles.py", "production.py", "compile_only.py")
-KINDS: dict[str, Callable[..., Bench]] = {
-    "kernels": kernels.begin,
-    "step": step.begin,
-    "encode": encode.begin,
-    "memory": memory.begin,
+ENGINES = {kind: f"ltxforge.benchmarks.{kind}" for kind in ("kernels", "step", "encode", "memory")}
+"""Kind of suite → the module that measures it, imported when it is asked for: ops need less than whole models."""
+RESULTS: dict[str, type[Result]] = {
+    "kernels": KernelResult,
+    "step": StepResult,
+    "encode": EncodeResult,
+    "memory": MemoryResult,
 }
 
 
@@ -85,13 +94,16 @@ def run(suites: Sequence[tuple[Suite, Path]], request: Request, screen: Screen) 
         raise PlanError("--against and --out FILE.json are about one suite", remedy="Name the suite to measure.")
     hardware = detect()
     deadline = None if request.minutes is None else time.monotonic() + 60 * request.minutes
-    targets, faults = [], []
+    faults: list[str] = []
     with StopRequest() as stop, Dispatcher([screen]) as emit:
         for line in hardware.missing:
             emit(Note(line, "warning"))
-        for suite, path in suites:
-            session = _Session(suite, path, request, hardware, deadline)
-            targets.append(session.target)
+        sessions = [_Session(suite, path, request, hardware, deadline) for suite, path in suites]
+        targets = [session.target for session in sessions]
+        for target in targets:
+            with faults_told(target.parent):
+                require_writable(target)
+        for session in sessions:
             with faults_told(session.target.parent):
                 faults += session.measure(lambda text: emit(Note(text)), stop, screen)
     if faults:
@@ -109,10 +121,14 @@ class _Session:
         self.suite, self.hardware, self.deadline = suite, hardware, deadline
         self.named = request.named
         self.target = results_file(path, request.out, hardware)
-        self.head = about(suite, command(path, request.named), hardware)
-        self.baseline: Baseline | None = read_baseline(request.against, self.head) if request.against else None
-        self.finished: Finished = read_finished(self.target, self.head) if request.resume else Finished()
-        self.head = {**self.finished.head, **self.head}
+        head = about(suite, command(path, request.named), hardware)
+        self.baseline: Baseline | None = read_baseline(request.against, head) if request.against else None
+        self.earlier: Finished = read_finished(self.target, head)
+        self.finished = _going_on(self.earlier, request)
+        self.begun = dict(self.finished.begun)
+        self.head: dict[str, Any] = {**self.finished.head, **head}
+        if self.named and self.finished.entries:  # the file is still that call's, with some cases measured again
+            self.head["command"] = self.finished.head["command"]
 
     def measure(self, told: Told, stop: StopRequest, screen: Screen) -> list[str]:
         """Measure every case that is not finished yet; gives what is wrong, one line each."""
@@ -120,31 +136,74 @@ class _Session:
         if entries:
             told(f"measured before, and kept: {several(list(entries))}")
         if todo:
-            bench = KINDS[self.suite.suite](todo, self.hardware, told, stop)
-            self.head |= {"how": bench.how, **bench.facts}
+            bench = engine(self.suite.suite).begin(todo, self.hardware, told, stop)
+            self._keep_aside(entries, told)
+            self._add({"how": bench.how, **bench.facts})
         for number, case in enumerate(todo):
             if stop.requested:
-                raise Stopped(stop.signal_number, f"stopped before {case.name}; what was measured is in {self.target}")
+                kept = f"what was measured is in {self.target}" if entries else "nothing was measured"
+                raise Stopped(stop.signal_number, f"stopped before {case.name}; {kept}")
             if self.deadline is not None and time.monotonic() > self.deadline:
                 left = several([case.name for case in todo[number:]])
                 told(f"no time is left for {left}: call again with --resume")
                 self._write(self._results(entries))
                 break
-            result = bench.measure(case)
+            result = self._tried(case, bench, entries)
             if result.outcome != "skipped":  # the table tells these together
                 told(f"{result.name}: {result.outcome}{f' ({result.reason})' if result.reason else ''}")
             entries[case.name] = json.loads(json.dumps({**result.entry(), "faults": self._faults(result)}))
             self._write(self._results(entries))
-        return self._show(self._results(entries), told, screen)
+        return self._show(entries, told, screen)
+
+    def _tried(self, case: Case, bench: Bench, entries: Mapping[str, dict[str, Any]]) -> Result:
+        """The case's result. That it began stands in the file before, where a call that is cut off leaves it."""
+        times = self.begun.get(case.name, {}).get("times", 0) if self.finished.times_begun(case) else 0
+        if times >= TRIES:
+            self.begun.pop(case.name)
+            why = f"began {times} times and came to no end within the limit, or its process died"
+            return RESULTS[self.suite.suite](case.name, "not finished", case.settings(), why)
+        self.begun[case.name] = {"times": times + 1, "case": case.settings()}
+        write_json(self.target, self._results(entries))
+        try:
+            result = bench.measure(case)
+        except Stopped as stopped:
+            if stopped.signal_number == signal.SIGINT:  # by a person: says nothing about the case
+                self.begun.pop(case.name)
+                write_json(self.target, self._results(entries))
+            raise
+        self.begun.pop(case.name)
+        return result
+
+    def _keep_aside(self, entries: Mapping[str, Any], told: Told) -> None:
+        """Before anything is written: a copy of an earlier file of which this call would lose something."""
+        staying = {*entries, *self.named, *(self.finished.entries if self.named else ())}
+        if self.earlier.differs or self.earlier.would_lose(staying):
+            why = "; ".join(self.earlier.differs) or "this call measures its cases anew"
+            told(f"the results before are kept in {keep_aside(self.target, self.earlier.head)}: {why}")
+
+    def _add(self, facts: Mapping[str, Any]) -> None:
+        """What a bench says besides its cases; what an earlier call found for others of them stays."""
+        for name, value in facts.items():
+            before = self.head.get(name)
+            is_table = isinstance(value, dict) and isinstance(before, dict)
+            self.head[name] = {**before, **value} if is_table else value
+            if name == "resources" and before:
+                self.head[name] = joined(before, value)
 
     def _results(self, entries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        """The results file: the head, which cases are left, and the entries in the suite's order."""
+        """The results file: the head, which cases are left, and the entries in the suite's order.
+
+        Where cases were named, what an earlier call measured of others is no less true, and keeps its place.
+        """
         names = [case.name for case in self.suite.case]
-        left = [name for name in names if name not in entries]
-        # Where cases were named, what an earlier call measured of others is no less true.
-        others = {name: entry for name, entry in self.finished.entries.items() if self.named and name not in names}
-        found = {**{name: entries[name] for name in names if name in entries}, **others}
-        return {**self.head, "left": left, "cases": list(found.values())}
+        mine = {name: entries[name] for name in names if name in entries}
+        found = {**self.finished.entries, **mine} if self.named else mine
+        if self.named:
+            places = list(self.earlier.entries)
+            found = dict(sorted(found.items(), key=lambda item: _place(item[0], places)))
+            names += [name for name in self.finished.head.get("left", ()) if name not in names]
+        left = [name for name in names if name not in found]
+        return {**self.head, "left": left, "begun": self.begun, "cases": list(found.values())}
 
     def _write(self, results: dict[str, Any]) -> None:
         """The results file, and the same as a table and a plot beside it."""
@@ -153,12 +212,12 @@ class _Session:
         if chart := ratio_chart_svg(results, results["cases"]):
             write_file(self.target.with_suffix(".svg"), chart)
 
-    def _show(self, results: dict[str, Any], told: Told, screen: Screen) -> list[str]:
-        """Tables on the screen; gives what is wrong."""
-        entries = results["cases"]
+    def _show(self, found: Mapping[str, dict[str, Any]], told: Told, screen: Screen) -> list[str]:
+        """Tables of this call's cases on the screen; gives what is wrong."""
+        entries = [found[case.name] for case in self.suite.case if case.name in found]
         if not entries:
             return []
-        if records := results.get("resources"):
+        if records := self.head.get("resources"):
             screen.show(resources_table(records))
         screen.show(results_table(self.suite.suite, entries))
         told(f"results: {self.target}")
@@ -174,6 +233,35 @@ class _Session:
         compared = compare(self.baseline, entries)
         screen.show(against_table(compared))
         return [each.told() for each in compared if each.is_slower]
+
+
+def engine(kind: str) -> Any:
+    """The module that measures a kind of suite, with its function `begin` (see `benchmarks/bench.py`).
+
+    Raises:
+        PlanError: it needs a package that is not installed.
+    """
+    try:
+        return importlib.import_module(ENGINES[kind])
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "ltxforge", "ltxforge_kernels"):
+            raise
+        remedy = "Install it: ltxforge's own pyproject.toml names the version."
+        raise PlanError(
+            f"the suite {kind} needs the package {package}, which is not installed", remedy=remedy
+        ) from None
+
+
+def _going_on(earlier: Finished, request: Request) -> Finished:
+    """What of an earlier call's results this one goes on from: with cases named, at least that of the others."""
+    if request.resume:
+        return earlier
+    return earlier.without(request.named) if request.named else Finished()
+
+
+def _place(name: str, places: Sequence[str]) -> int:
+    return places.index(name) if name in places else len(places)
 
 
 def results_file(suite: Path, out: Path | None, hardware: Hardware) -> Path:

@@ -66,6 +66,19 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def require_writable(path: Path) -> None:
+    """Raise the system's own OSError now if `write_file` could not write there; leaves the folder and no file."""
+    partial = _beside(path, "partial")
+    with _disk_full_told(path):
+        make_folder(path.parent)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        try:
+            partial.touch()
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def make_folder(folder: Path) -> None:
     """The folder with its parents, so that its own entry survives a power cut as the files in it do."""
     if not folder.is_dir():

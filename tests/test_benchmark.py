@@ -10,7 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -19,8 +21,9 @@ from ltxforge_kernels.gelu import reference as gelu_reference
 
 from ltxforge import benchmark
 from ltxforge.benchmarks import ceilings
+from ltxforge.benchmarks.bench import Bench
 from ltxforge.benchmarks.ops.table import SUBJECTS
-from ltxforge.errors import BenchmarkError, PlanError, Stopped
+from ltxforge.errors import BenchmarkError, PlanError, RunError, Stopped
 from ltxforge.hardware import detect
 from ltxforge.models import random_weights
 from ltxforge.specs import SPECS, TINY
@@ -227,8 +230,127 @@ def test_what_was_finished_stays_and_time_that_is_over_leaves_the_rest(kernel_be
 
 
 def test_a_named_case_leaves_the_others_results_where_they_are(kernel_bench):
+    """Without --resume, too; the file is still the whole suite's."""
+    first = kernel_bench(kernel_case("a"), kernel_case("b"), minutes=0.0)
+    assert first["left"] == ["a", "b"]
+    whole = kernel_bench(kernel_case("a"), kernel_case("b"))
+    named = kernel_bench(kernel_case("a"), named=["a"])
+    assert names(named) == ["a", "b"] and named["cases"][1] == whole["cases"][1] != named["cases"][0]
+    assert named["cases"][0] != whole["cases"][0] and named["command"] == whole["command"]
+    assert names(kernel_bench(kernel_case("c"), named=["c"], resume=True)) == ["a", "b", "c"]
+    assert [path.name for path in kernel_bench.out.parent.glob("*.json")] == ["kernels.json"]
+
+
+def test_a_named_case_of_an_unfinished_suite_leaves_the_others_to_do(kernel_bench):
+    kernel_bench(kernel_case("a"), kernel_case("b"), minutes=0.0)
+    assert kernel_bench(kernel_case("b"), named=["b"])["left"] == ["a"]
+
+
+@pytest.mark.parametrize("asked", [{}, {"resume": True}, {"named": ["a"]}])
+def test_what_may_not_stay_is_kept_aside_and_told(kernel_bench, monkeypatch, asked):
     kernel_bench(kernel_case("a"), kernel_case("b"))
-    assert names(kernel_bench(kernel_case("c"), named=["c"], resume=True)) == ["c", "a", "b"]
+    before = kernel_bench.out.read_bytes()
+    monkeypatch.setattr(benchmark, "kernels_digest", lambda: "other")
+    assert names(kernel_bench(kernel_case("a"), **asked)) == ["a"]
+    (aside,) = (path for path in kernel_bench.out.parent.glob("*.json") if path != kernel_bench.out)
+    assert aside.name.startswith("kernels.2") and aside.read_bytes() == before
+    shown = " ".join(kernel_bench.shown.split())
+    assert "the results before are kept in" in shown and "other sources of our kernels" in shown
+
+
+def test_a_whole_suite_measured_anew_keeps_the_old_file_aside(kernel_bench):
+    kernel_bench(kernel_case("a"))
+    before = kernel_bench.out.read_bytes()
+    kernel_bench(kernel_case("a"))
+    (aside,) = (path for path in kernel_bench.out.parent.glob("*.json") if path != kernel_bench.out)
+    assert aside.read_bytes() == before and "anew" in kernel_bench.shown
+
+
+def begun(bench: KernelBench) -> dict[str, int]:
+    return {name: before["times"] for name, before in bench.written()["begun"].items()}
+
+
+@pytest.fixture
+def interrupted(monkeypatch) -> Callable[[int], None]:
+    """Makes the norm's cases receive a signal while they are measured."""
+    subject = SUBJECTS["adaln_rms_norm"]
+
+    def with_signal(number: int) -> None:
+        def killed(case, device):
+            os.kill(os.getpid(), number)
+            return subject(case, device)
+
+        monkeypatch.setitem(SUBJECTS, "adaln_rms_norm", killed)
+
+    return with_signal
+
+
+def test_a_case_that_is_cut_off_again_and_again_is_given_up(kernel_bench, interrupted):
+    cases = [kernel_case("a"), kernel_case("endless", op="adaln_rms_norm", peers=[], floors={}), kernel_case("b")]
+    interrupted(signal.SIGTERM)
+    for times in (1, 2):
+        with pytest.raises(Stopped, match="in the middle of endless"):
+            kernel_bench(*cases, resume=True)
+        assert names(kernel_bench.written()) == ["a"] and begun(kernel_bench) == {"endless": times}
+    results = kernel_bench(*cases, resume=True)
+    assert [each["outcome"] for each in results["cases"]] == ["measured", "not finished", "measured"]
+    assert "began 2 times" in results["cases"][1]["reason"] and results["begun"] == {} and results["left"] == []
+    assert results["cases"][1]["op"] == "", "it has the fields of its suite"
+    assert kernel_bench(*cases, resume=True)["cases"] == results["cases"]
+    with pytest.raises(Stopped):
+        kernel_bench(cases[1], named=["endless"])
+
+
+def test_a_person_s_stop_says_nothing_about_a_case(kernel_bench, interrupted):
+    interrupted(signal.SIGINT)
+    with pytest.raises(Stopped):
+        kernel_bench(kernel_case("a", op="adaln_rms_norm", peers=[], floors={}))
+    assert kernel_bench.written()["begun"] == {} and kernel_bench.written()["left"] == ["a"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(kernel_bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "engine", lambda kind: pytest.fail("nothing may begin"))
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / "folder.json").mkdir()
+    for out in (tmp_path / "file" / "x.json", tmp_path / "folder.json"):
+        kernel_bench.out = out
+        with pytest.raises(RunError):
+            kernel_bench(kernel_case("a"))
+
+
+def test_a_stop_before_the_first_case_names_no_file(kernel_bench, monkeypatch):
+    def stopping(cases, hardware, told, stop):
+        stop.request(signal.SIGINT)
+        return Bench(lambda case: pytest.fail("nothing may be measured"), {})
+
+    monkeypatch.setattr(benchmark, "engine", lambda kind: SimpleNamespace(begin=stopping))
+    with pytest.raises(Stopped, match="stopped before a; nothing was measured"):
+        kernel_bench(kernel_case("a"))
+    assert not kernel_bench.out.exists()
+
+
+WITHOUT_MEDIA = """
+import sys
+sys.modules["av"] = None
+from ltxforge import benchmark
+loaded = {"PIL", "diffusers", "transformers", "peft"} & set(sys.modules)
+assert not loaded, loaded
+assert benchmark.engine("kernels").begin
+assert not [name for name in sys.modules if name.startswith(("ltxforge.media", "ltxforge.validation"))]
+try:
+    benchmark.engine("step")
+except benchmark.PlanError as error:
+    print(error)
+"""
+
+
+def test_ops_are_measured_without_what_only_clips_need():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MEDIA], env=environment, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "the suite step needs the package av, which is not installed" in result.stdout
 
 
 def test_a_red_gate_is_an_error_after_everything_is_written(kernel_bench, monkeypatch):
@@ -292,15 +414,9 @@ def test_two_suites_lie_in_one_folder(kernel_bench, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_stop_keeps_what_was_measured(kernel_bench, monkeypatch):
+def test_a_stop_keeps_what_was_measured(kernel_bench, interrupted):
     """The signal comes while the second of three cases is measured."""
-    inputs = SUBJECTS["adaln_rms_norm"]
-
-    def interrupted(case, device):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return inputs(case, device)
-
-    monkeypatch.setitem(SUBJECTS, "adaln_rms_norm", interrupted)
+    interrupted(signal.SIGTERM)
     second = kernel_case("second", op="adaln_rms_norm", peers=[], floors={})
     with pytest.raises(Stopped, match="in the middle of second"):
         kernel_bench(kernel_case("first"), second, kernel_case("third"))

@@ -59,6 +59,11 @@ def worst_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def joined(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The records of both; a kernel that both have compiled for a chip is the newer one's."""
+    return list({(each["launch"], each["kernel"], each["chip"]): dict(each) for each in (*old, *new)}.values())
+
+
 def _is_of(launch: str, ops: Collection[str]) -> bool:
     """Whether a launch, named op and dtype, is of one of the ops."""
     name = launch.split()[0]

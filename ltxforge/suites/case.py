@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ltxforge.recipe.schema import Name
 
-Outcome = Literal["measured", "out of memory", "not finite", "skipped", "gate failed", "over the cap", "failed"]
+Outcome = Literal[
+    "measured", "out of memory", "not finite", "skipped", "gate failed", "over the cap", "failed", "not finished"
+]  # fmt: skip
 Floor = Annotated[float, Field(gt=0, le=1000)]
 
 
