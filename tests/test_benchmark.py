@@ -146,8 +146,8 @@ def test_tiny_specs_are_what_the_suite_calls_tiny():
     assert all(spec.tiny for spec in TINY.values()) and not any(spec.tiny for spec in SPECS.values())
 
 
-def gpu_script(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OUT": ""}
+def gpu_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OUT": "", **environment}
     return subprocess.run(
         ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments], cwd=ROOT.parent, env=environment, capture_output=True,
         text=True, encoding="utf-8", timeout=1200,
@@ -155,9 +155,55 @@ def gpu_script(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
-def test_the_gpu_script_refuses_a_suite_that_is_not_there():
-    result = gpu_script("results", "kernel")
-    assert result.returncode == 2 and "no suite bench/kernel.toml" in result.stderr
+@pytest.mark.parametrize(("arguments", "told"), [
+    (["results", "kernel"], "no suite bench/kernel.toml"),
+    (["kernels"], "OUT comes before the stages"),
+    (["--form", "x"], "no option --form"),
+    (["--minutes", "soon"], "wants a number"),
+    (["--from", "nowhere"], "a folder with earlier results"),
+])  # fmt: skip
+def test_what_the_gpu_script_refuses(arguments, told):
+    result = gpu_script(*arguments)
+    assert result.returncode == 2 and told in result.stderr
+    assert not (ROOT / "results").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_the_gpu_script_says_how_it_is_called():
+    result = gpu_script("--help")
+    assert result.returncode == 0 and "bench/gpu.sh [--minutes N]" in result.stdout and "set -uo" not in result.stdout
+
+
+# Stands for a Python on a machine with a GPU: notes which files of tests it is given, and fails those it is told to.
+TESTS_NOTED = """#!/usr/bin/env bash
+case "$*" in
+    *"-m pytest"*) basename "$3" .py >> "$NOTES"; [[ " $FAILING " != *" $(basename "$3" .py) "* ]] ;;
+    *"print(int"*) exec REAL "$@" ;;
+esac
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_the_gpu_script_goes_on_behind_the_tests_that_passed(tmp_path):
+    python, notes = tmp_path / "python", tmp_path / "notes"
+    python.write_text(TESTS_NOTED.replace("REAL", sys.executable), encoding="utf-8")
+    python.chmod(0o755)
+    every = sorted(path.stem for path in (ROOT / "tests" / "kernels").glob("test_*.py"))
+
+    def given(out: str, *options: str, failing: str = "") -> tuple[list[str], int]:
+        notes.write_text("", encoding="utf-8")
+        result = gpu_script(
+            *options, str(tmp_path / out), "truth", PYTHON=str(python), NOTES=str(notes), FAILING=failing
+        )
+        return notes.read_text(encoding="utf-8").split(), result.returncode
+
+    assert given("a", "--minutes", "0") == ([], 0), "no time for any"
+    assert given("a", failing="test_gelu test_rope") == (every, 1)
+    assert given("a", failing="test_rope") == (["test_gelu", "test_rope"], 1)
+    (tmp_path / "a" / "truth" / "test_nf4.passed").write_text("other sources", encoding="utf-8")
+    (tmp_path / "a" / "truth" / "test_nf4.txt").unlink()
+    assert given("b", "--from", str(tmp_path / "a")) == (["test_nf4", "test_rope"], 0), "the one never begun first"
+    assert given("b") == ([], 0)
 
 
 @pytest.mark.sweep
