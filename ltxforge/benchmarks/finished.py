@@ -82,7 +82,7 @@ def read_finished(path: Path, head: Mapping[str, Any]) -> Finished:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         entries = {entry["name"]: entry for entry in told.pop("cases") if entry["outcome"]}
-        begun = {name: {"times": int(each["times"]), **each} for name, each in told.pop("begun", {}).items()}
+        begun = {name: {**each, "times": int(each["times"])} for name, each in told.pop("begun", {}).items()}
         differs = differences(told, head)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Finished(differs=("it is no results file",))

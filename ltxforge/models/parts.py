@@ -24,7 +24,7 @@ def cast(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
 def release_memory(device: torch.device) -> None:
     """Give freed weights back to the device, so that the next part finds the room."""
     gc.collect()
-    if device.type != "cpu":
+    if device.type not in ("cpu", "meta"):
         torch.accelerator.empty_cache()
 
 
