@@ -31,9 +31,11 @@ class Op:
 
 BOTH_WAYS: tuple[Timed, ...] = ("forward", "backward", "both")
 LINEAR = ("tokens", "width", "out")
+CONVOLUTIONS = ("cuDNN NCDHW", "cuDNN NDHWC", "cuDNN NDHWC, benchmark", "torch.compile")
 OPS = {
     "flow_matching_noise": Op(("tokens", "width")),
     "flow_matching_loss": Op(("tokens", "width"), timed=("forward", "both")),
+    "flow_matching_noise_and_loss": Op(("tokens", "width"), timed=("forward", "both")),
     "adaln_rms_norm": Op(("tokens", "width"), ("diffusers", "compile per token", "Liger"), BOTH_WAYS),
     "gated_residual": Op(("tokens", "width"), ("diffusers", "compile per token"), BOTH_WAYS),
     "gated_residual_norm": Op(("tokens", "width"), ("diffusers", "compile per token"), BOTH_WAYS),
@@ -45,6 +47,7 @@ OPS = {
     ),
     "nf4_dequantise": Op(("width", "out"), ("bitsandbytes",)),
     "nf4_linear": Op(LINEAR, ("bitsandbytes", "dequantise and cuBLAS", "base alone"), ("forward", "both")),
+    "nf4_lora": Op((*LINEAR, "rank"), ("PEFT and bitsandbytes", "base alone"), ("forward", "both")),
     "int8_dequantise": Op(("width", "out")),
     "int8_linear": Op(LINEAR, ("base alone",), ("forward", "both")),
     "int8_w8a8": Op(
@@ -53,9 +56,8 @@ OPS = {
         ("forward", "both"),
     ),
     "fp8_linear": Op(LINEAR, ("base alone",), ("forward", "both")),
-    "causal_conv3d": Op(
-        ("width", "out", "extent"), ("cuDNN NCDHW", "cuDNN NDHWC", "cuDNN NDHWC, benchmark", "three conv2d")
-    ),
+    "causal_conv3d": Op(("width", "out", "extent"), (*CONVOLUTIONS, "three conv2d")),
+    "causal_conv3d_activated": Op(("width", "out", "extent"), CONVOLUTIONS),
     "attention": Op(
         ("tokens", "width", "head_width"), ("math", "efficient", "flash", "cudnn"), ("forward", "both")
     ),

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 CPU_HARDWARE = dataclasses.replace(detect(), kind="cpu", name="Some CPU")
 SIZES = {"tokens": 32, "width": 64, "out": 48, "rank": 4, "head_width": 32, "layout": "split", "extent": [2, 4, 6]}
 # Not installed, not for a CPU, or compiled, which takes seconds.
-WITHOUT = {"Liger", "compile per token", "compile diffusers", "PEFT compiled", "_int_mm and rescale",
+WITHOUT = {"Liger", "torch.compile", "compile per token", "compile diffusers", "PEFT compiled", "_int_mm and rescale",
            "_scaled_mm rowwise", "cudnn", "efficient"}  # fmt: skip
 
 
@@ -83,10 +83,13 @@ def gradients(call: kernels.Call) -> list[torch.Tensor]:
     return [each.float() for each in call()]
 
 
-@pytest.mark.parametrize("peer", ["PEFT", "addmm per projection"])
-def test_a_peer_s_lora_is_trained_in_its_own_dtype_and_no_cast_is_timed(peer):
-    case = make_case("lora_linear")
-    subject = SUBJECTS["lora_linear"](case, CPU)
+@pytest.mark.parametrize(
+    ("op", "peer"),
+    [("lora_linear", "PEFT"), ("lora_linear", "addmm per projection"), ("nf4_lora", "PEFT and bitsandbytes")],
+)
+def test_a_peer_s_lora_is_trained_in_its_own_dtype_and_no_cast_is_timed(op, peer):
+    case = make_case(op)
+    subject = SUBJECTS[op](case, CPU)
     given = subject.inputs(kernels.DeviceFiller(CPU))
     upstream = kernels.upstream_of(subject, given)
     ours, theirs = (
@@ -98,8 +101,21 @@ def test_a_peer_s_lora_is_trained_in_its_own_dtype_and_no_cast_is_timed(peer):
         assert relative_error(other, mine) < 0.02
     with torch.profiler.profile(acc_events=True, record_shapes=True) as watched:
         theirs()
-    casts = [event for event in watched.events() if event.name == "aten::_to_copy" and event.input_shapes[0]]
-    assert casts == [], "A and B are made of the masters before"
+    casts = [event.input_shapes[0] for event in watched.events() if event.name == "aten::_to_copy"]
+    assert [case.rank, case.width] not in casts and [case.out, case.rank] not in casts, "made of the masters before"
+
+
+@pytest.mark.parametrize("peer", [*OPS["causal_conv3d_activated"].peers[:3]])
+def test_norm_silu_and_padding_are_a_chain_s_too(peer):
+    """In float32 every layout's chain is ours, of a chunk that is not the first."""
+    case = make_case("causal_conv3d_activated", dtype="fp32")
+    subject = SUBJECTS[case.op](case, CPU)
+    given = subject.inputs(kernels.DeviceFiller(CPU))
+    with torch.no_grad():
+        ours, _ = subject.ours("eager")(given)
+        assert relative_error(subject.peers[peer]()(given), ours) < 1e-6
+        plain, _ = SUBJECTS["causal_conv3d"](make_case("causal_conv3d", dtype="fp32"), CPU).ours("eager")(given)
+    assert relative_error(plain, ours) > 0.1
 
 
 def test_interleaved_pairs_too():

@@ -1,6 +1,8 @@
-"""The bench's view of `flow_matching`: noising, and the masked velocity loss with its gradient. No peers."""
+"""The bench's view of `flow_matching`: noising, the masked velocity loss with its gradient, and both. No peers."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from ltxforge_kernels.cases import TokenShape
@@ -41,6 +43,17 @@ def loss_subject(case: KernelCase, device: torch.device) -> Subject:  # noqa: AR
         work=Work(_elements(shape) * each),
         leaves=("prediction",),
     )
+
+
+def noise_and_loss_subject(case: KernelCase, device: torch.device) -> Subject:
+    """What a step does of both: noised tokens before its model, and the loss of what that gives. Told is the loss."""
+    noising, losing = noise_subject(case, device), loss_subject(case, device)
+
+    def ours(implementation: str) -> Contender:
+        before, after = noising.ours(implementation), losing.ours(implementation)
+        return Contender(lambda given: (before(given), after(given))[1])
+
+    return replace(losing, ours=ours, work=Work(noising.work.bytes_moved + losing.work.bytes_moved))
 
 
 def _shape(case: KernelCase) -> TokenShape:

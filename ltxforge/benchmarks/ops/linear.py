@@ -6,6 +6,7 @@ float32 masters at use, which is part of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +39,23 @@ def base_alone(given: Any) -> Tensor:
 
 def peft_linear(case: KernelCase) -> Contender:
     """PEFT's own layer over the same weights, without dropout: one for each set of inputs, made beforehand."""
+
+    def base(given: Any) -> nn.Module:
+        layer = nn.Linear(case.width, case.out, bias=True, device="meta", dtype=given.x.dtype)
+        layer.weight = nn.Parameter(given.weight.contiguous(), requires_grad=False)
+        return layer
+
+    return peft_over(case, PeftLinear, base)
+
+
+def peft_over(case: KernelCase, kind: Callable[..., Any], base_of: Callable[[Any], nn.Module]) -> Contender:
+    """A layer of PEFT's over what a set of inputs makes a base layer of; A, B and the bias are the set's."""
     config = LoraConfig(r=case.rank, lora_alpha=case.rank)
 
     def prepare(given: Any) -> tuple[nn.Module, Tensor]:
-        base = nn.Linear(case.width, case.out, bias=True, device="meta", dtype=given.x.dtype)
-        base.weight = nn.Parameter(given.weight.contiguous(), requires_grad=False)
+        base = base_of(given)
         base.bias = nn.Parameter(given.bias, requires_grad=False)
-        layer = PeftLinear(base, "default", config, r=case.rank, lora_alpha=case.rank)
+        layer = kind(base, "default", config, r=case.rank, lora_alpha=case.rank)
         layer.scaling["default"] = given.scale
         layer.lora_A["default"].weight = nn.Parameter(in_dtype_of_x(given.a, given))
         layer.lora_B["default"].weight = nn.Parameter(in_dtype_of_x(given.b, given))

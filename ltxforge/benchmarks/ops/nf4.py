@@ -1,4 +1,7 @@
-"""The bench's view of `nf4`: unpacking a double-quantised weight, and the linear layer over one. Peer: bitsandbytes."""
+"""The bench's view of `nf4`: unpacking a double-quantised weight, and the linear layer over one, alone and with a LoRA.
+
+Peers: bitsandbytes, and PEFT over it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 import torch
 from ltxforge_kernels.cases import Filler
+from ltxforge_kernels.lora_linear import lora_branch
 from ltxforge_kernels.nf4 import dequantise, nf4_linear, quantise
 from ltxforge_kernels.nf4.inputs import LinearShape
 from ltxforge_kernels.nf4.inputs import inputs as nf4_inputs
@@ -14,7 +18,7 @@ from ltxforge_kernels.nf4.weight import Nf4Weight
 from torch import Tensor
 from torch.nn import functional
 
-from ltxforge.benchmarks.ops.linear import base_alone, product_work
+from ltxforge.benchmarks.ops.linear import base_alone, peft_over, product_work
 from ltxforge.benchmarks.subject import Bounds, Contender, PeerMissing, Subject, Unquantised, Work
 from ltxforge.hardware import torch_dtype
 from ltxforge.suites.kernels import KernelCase
@@ -22,6 +26,8 @@ from ltxforge.suites.kernels import KernelCase
 try:
     from bitsandbytes import matmul_4bit
     from bitsandbytes.functional import QuantState, dequantize_4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 except ImportError:  # not every system has it
     matmul_4bit = QuantState = dequantize_4bit = None
 
@@ -103,6 +109,53 @@ def linear_subject(case: KernelCase, device: torch.device) -> Subject:
         # The truth multiplies the weight that is stored, which bf16 products see rounded to bf16.
         bounds=Bounds(output=2.6e-3, gradient=2.6e-3),
         unquantised=Unquantised("nf4", base_alone),
+    )
+
+
+@dataclass(frozen=True)
+class LoraInputs(Linear):
+    """Also a LoRA: A [R, K] and B [N, R], float32 masters, and its scale."""
+
+    a: Tensor
+    b: Tensor
+    scale: float = 0.5
+
+
+def lora_subject(case: KernelCase, device: torch.device) -> Subject:
+    """x·Wᵀ + bias + scale·B·A·x over a packed weight; gradients of x, A and B."""
+    alone, dtype = linear_subject(case, device), torch_dtype(case.dtype)
+
+    def inputs(fill: Filler) -> LoraInputs:
+        """A and B hold what they are rounded to at use, so that the truth is of the same LoRA."""
+        a, b = fill.normal(case.rank, case.width) * case.width**-0.5, fill.normal(case.out, case.rank)
+        return LoraInputs(**vars(alone.inputs(fill)), a=a.to(dtype).float(), b=b.to(dtype).float())
+
+    def ours(implementation: str) -> Contender:
+        base = alone.ours(implementation)
+
+        def call(given: LoraInputs) -> Tensor:
+            return lora_branch(given.x, base(given), given.a, given.b, given.scale, implementation=implementation)
+
+        return Contender(call)
+
+    def peft() -> Contender:
+        _require_bitsandbytes()
+        return peft_over(case, PeftLinear4bit, quantised_layer)
+
+    def quantised_layer(given: LoraInputs) -> Any:
+        layer = Linear4bit(case.width, case.out, compute_dtype=dtype, quant_type="nf4", device="meta")
+        state = quant_state(given.packed)
+        layer.weight = Params4bit(given.packed.packed, quant_state=state, quant_type="nf4", bnb_quantized=True)
+        layer.quant_state = state
+        return layer
+
+    return Subject(
+        inputs=inputs,
+        ours=ours,
+        work=product_work(case, weight_bytes=case.width * case.out * BYTES_PER_ELEMENT),
+        leaves=("x", "a", "b"),
+        peers={"PEFT and bitsandbytes": peft, "base alone": alone.peers["base alone"]},
+        bounds=alone.bounds,
     )
 
 

@@ -25,6 +25,7 @@ from ltxforge.suites.kernels import KernelCase
 SUBJECTS: dict[str, Callable[[KernelCase, torch.device], Subject]] = {
     "flow_matching_noise": flow_matching.noise_subject,
     "flow_matching_loss": flow_matching.loss_subject,
+    "flow_matching_noise_and_loss": flow_matching.noise_and_loss_subject,
     "adaln_rms_norm": adaln_rms_norm.subject,
     "gated_residual": gated_residual.alone_subject,
     "gated_residual_norm": gated_residual.norm_subject,
@@ -34,11 +35,13 @@ SUBJECTS: dict[str, Callable[[KernelCase, torch.device], Subject]] = {
     "lora_linear": lora_linear.subject,
     "nf4_dequantise": nf4.dequantise_subject,
     "nf4_linear": nf4.linear_subject,
+    "nf4_lora": nf4.lora_subject,
     "int8_dequantise": int8.dequantise_subject,
     "int8_linear": int8.linear_subject,
     "int8_w8a8": int8.w8a8_subject,
     "fp8_linear": fp8.linear_subject,
     "causal_conv3d": causal_conv3d.subject,
+    "causal_conv3d_activated": causal_conv3d.activated_subject,
     "attention": pytorch.attention_subject,
     "matmul": pytorch.product_subject,
 }
