@@ -157,7 +157,7 @@ class _Session:
 
     def _tried(self, case: Case, bench: Bench, entries: Mapping[str, dict[str, Any]]) -> Result:
         """The case's result. That it began stands in the file before, where a call that is cut off leaves it."""
-        times = self.begun.get(case.name, {}).get("times", 0) if self.finished.times_begun(case) else 0
+        times = self.finished.times_begun(case)
         if times >= TRIES:
             self.begun.pop(case.name)
             why = f"began {times} times and came to no end within the limit, or its process died"

@@ -15,12 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import ltxforge_kernels
 import pytest
 import torch
 from ltxforge_kernels.gelu import reference as gelu_reference
 
 from ltxforge import benchmark
-from ltxforge.benchmarks import ceilings
+from ltxforge.benchmarks import ceilings, kernels
 from ltxforge.benchmarks.bench import Bench
 from ltxforge.benchmarks.ops.table import SUBJECTS
 from ltxforge.errors import BenchmarkError, PlanError, RunError, Stopped
@@ -292,6 +293,18 @@ def test_a_named_case_of_an_unfinished_suite_leaves_the_others_to_do(kernel_benc
     assert kernel_bench(kernel_case("b"), named=["b"])["left"] == ["a"]
 
 
+def test_what_was_found_beside_other_cases_stays(kernel_bench, monkeypatch):
+    """Ceilings, which a case that is skipped does not measure, and what the compiler says of other ops."""
+    compiled = json.loads((ROOT / "bench/results/cpu-x86-64/kernels.json").read_text(encoding="utf-8"))["resources"][0]
+    monkeypatch.setattr(kernels, "resources_of", lambda ops, tell: [{**compiled, "launch": op} for op in sorted(ops)])
+    cases = [kernel_case("a"), kernel_case("b", device="gpu"), kernel_case("c", device="gpu", op="adaln_rms_norm",
+                                                                           peers=[], floors={})]  # fmt: skip
+    first = kernel_bench(*cases)
+    again = kernel_bench(cases[2], named=["c"])
+    assert [each["launch"] for each in again["resources"]] == ["adaln_rms_norm", "gelu"]
+    assert again["ceilings"] == first["ceilings"] != {}
+
+
 @pytest.mark.parametrize("asked", [{}, {"resume": True}, {"named": ["a"]}])
 def test_what_may_not_stay_is_kept_aside_and_told(kernel_bench, monkeypatch, asked):
     kernel_bench(kernel_case("a"), kernel_case("b"))
@@ -477,15 +490,22 @@ def test_one_file_holds_one_suite(tmp_path):
             benchmark.run([suite, suite], request, Plain(io.StringIO()))
 
 
-def test_what_was_measured_with_other_kernels_is_measured_again():
-    digest = benchmark.kernels_digest()
-    assert len(digest) == 64 and digest == benchmark.kernels_digest()
+def test_kernels_are_others_where_a_source_that_runs_is_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(ltxforge_kernels, "__file__", str(tmp_path / "__init__.py"))
+    digests = []
+    for name, text in (("op.py", "1"), ("op.py", "2"), ("choice.py", "3"), ("other.py", "4")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        digests.append(benchmark.kernels_digest())
+    assert digests[1] == digests[2] and len(set(digests)) == 3
 
 
 def test_committed_results_were_measured():
     """What lies in bench/results/ is what the code writes: every measured case has its steps, and they add up."""
-    files = sorted((ROOT / "bench" / "results").glob("*/step.json"))
-    assert files
+    files = sorted((ROOT / "bench" / "results").glob("*/*.json"))
+    assert {path.name for path in files} >= {"kernels.json", "step.json"}
     for path in files:
-        for entry in json.loads(path.read_text(encoding="utf-8"))["cases"]:
-            assert len(entry["step_seconds"]) == (entry["case"]["steps"] if entry["outcome"] == "measured" else 0)
+        results = json.loads(path.read_text(encoding="utf-8"))
+        assert results["format"] == benchmark.FORMAT and path.with_suffix(".md").exists()
+        if results["suite"] == "step":
+            for entry in results["cases"]:
+                assert len(entry["step_seconds"]) == (entry["case"]["steps"] if entry["outcome"] == "measured" else 0)
