@@ -56,6 +56,7 @@ class Compiled:
 
     Attributes:
         launch: which launch of `production.LAUNCHES`, with its dtype.
+        dot: whether it is meant for tensor cores: it has a `tl.dot`, and its launch a dtype for that.
         registers: per thread.
         spilled_bytes: local memory per thread: what registers could not hold.
         shared_bytes: per program, of `shared_limit`.
@@ -100,15 +101,15 @@ class StubDriver:
 
 
 @contextlib.contextmanager
-def compiling_for(target: GPUTarget) -> Iterator[list[tuple[str, object]]]:
+def compiling_for(target: GPUTarget) -> Iterator[list[tuple[JITFunction, object]]]:
     """Within it every launch compiles for the target and runs nothing; gives (kernel, compiled) as they come."""
-    found: list[tuple[str, object]] = []
+    found: list[tuple[JITFunction, object]] = []
     launch = JITFunction.run
 
     def compile_instead(self: JITFunction, *arguments: object, **options: object) -> object:
         options["warmup"] = True
         compiled = launch(self, *arguments, **options)
-        found.append((self.fn.__name__, compiled))
+        found.append((self, compiled))
         return compiled
 
     active = triton.runtime.driver._active if hasattr(triton.runtime.driver, "_active") else None
@@ -130,7 +131,9 @@ def compile_for(name: str, launches: tuple[Launch, ...] = LAUNCHES) -> list[Comp
             with compiling_for(chip.target) as found:
                 launch.run(dtype)
             label = f"{launch.name} {str(dtype).removeprefix('torch.')}"
-            results += [measure(label, launch.dot, name, chip, kernel, compiled) for kernel, compiled in found]
+            for kernel, compiled in found:
+                dot = launch.dot and "tl.dot" in "".join(kernel.raw_src)
+                results.append(measure(label, dot, name, chip, kernel.fn.__name__, compiled))
     return results
 
 

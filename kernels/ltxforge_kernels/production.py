@@ -44,7 +44,7 @@ from ltxforge_kernels.target import architecture
 
 @dataclass(frozen=True)
 class Launch:
-    """Launches of one op: `run(dtype)` makes them. `dot` says that its kernels multiply matrices on tensor cores."""
+    """Launches of one op: `run(dtype)` makes them. `dot` says that what multiplies matrices does so on tensor cores."""
 
     name: str
     run: Callable[[torch.dtype], object]

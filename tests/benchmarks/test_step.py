@@ -9,6 +9,7 @@ import statistics
 
 import pytest
 import torch
+from torch.nn import functional
 
 from ltxforge import trainer
 from ltxforge.benchmarks import step
@@ -201,9 +202,9 @@ def test_a_red_gate_reports_no_speed(monkeypatch):
     """A LoRA branch that is 2 % too strong: no shape is wrong and nothing crashes."""
     whole = LoraLinear.forward
 
-    def too_strong(self: LoraLinear, x: torch.Tensor, *rest: object) -> torch.Tensor:
-        base = self.base_layer(x)
-        return base + 1.02 * (whole(self, x, *rest) - base)
+    def too_strong(self: LoraLinear, x: torch.Tensor, activation: str = "none") -> torch.Tensor:
+        base = self.base_layer(functional.gelu(x, approximate="tanh") if activation == "gelu" else x)
+        return base + 1.02 * (whole(self, x, activation=activation) - base)
 
     monkeypatch.setattr(LoraLinear, "forward", too_strong)
     result = measure(make_case("tiny/ltx-video"), CPU_HARDWARE, lambda _text: None, StopRequest())
