@@ -30,6 +30,7 @@ from ltxforge.models.vae import statistics as latent_statistics
 from ltxforge.randomness import address
 from ltxforge.shapes import ClipShape
 from ltxforge.signals import StopRequest
+from ltxforge.suites.case import Gate
 from ltxforge.suites.encode import (
     ANOTHER_FUNCTION,
     CHANNELS_LAST,
@@ -40,7 +41,6 @@ from ltxforge.suites.encode import (
     EncodeCase,
     EncodeResult,
 )
-from ltxforge.suites.kernels import Gate
 
 SEED = 0
 GATE_SHAPE = ClipShape(128, 96, 41)

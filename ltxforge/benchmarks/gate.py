@@ -23,7 +23,7 @@ from ltxforge.benchmarks.subject import (
     in_float64,
     together,
 )
-from ltxforge.suites.kernels import Gate
+from ltxforge.suites.case import Gate
 
 SEED = 1_000_003
 """Of the gate's data: none that is timed."""

@@ -38,8 +38,8 @@ from ltxforge.errors import BenchmarkError, Stopped
 from ltxforge.hardware import Hardware, is_out_of_memory, synchronize, torch_device
 from ltxforge.models.parts import release_memory
 from ltxforge.signals import StopRequest
-from ltxforge.suites.case import Outcome
-from ltxforge.suites.kernels import Gate, KernelCase, KernelResult, Timing
+from ltxforge.suites.case import Gate, Outcome, Timing
+from ltxforge.suites.kernels import KernelCase, KernelResult
 
 HOW = {
     "times": "seconds of one call on the device's own clock, enqueued while the device does other work: median, and"

@@ -35,7 +35,7 @@ from ltxforge.session import make_trainable
 from ltxforge.shapes import ClipShape
 from ltxforge.signals import StopRequest
 from ltxforge.specs import ModelSpec
-from ltxforge.suites.kernels import Gate
+from ltxforge.suites.case import Gate
 from ltxforge.suites.step import StepCase, TrainingCase
 
 LOSS_BOUND = {"fp32": 1e-5, "bf16": 2e-3, "w8a8": 1e-2, "fp8": 1e-2, "nf4": 2e-2}

@@ -44,7 +44,7 @@ from ltxforge.models.random_weights import random_model
 from ltxforge.plan import MemoryPlan, Plan
 from ltxforge.session import make_trainable
 from ltxforge.signals import StopRequest
-from ltxforge.suites.kernels import Gate
+from ltxforge.suites.case import Gate
 from ltxforge.suites.step import COMPILED_PEER, PeerStep, StepCase, StepResult, TrainingCase
 
 META = torch.device("meta")

@@ -21,7 +21,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ltxforge.hardware import is_out_of_memory, moment, peak_bytes, reset_peak, seconds_between, synchronize
-from ltxforge.suites.kernels import Timing
+from ltxforge.suites.case import Timing
 
 WARMUP_ROUNDS = 3
 GRAPH_REPLAYS = 10

@@ -1,7 +1,7 @@
 """What every suite's cases and results share: a name, peers with their floors, an outcome. Torch-free.
 
 Says what a result answers to the verb `bench`, whatever was measured: its seconds for `--against`, its ratios, and what
-is wrong with it.
+is wrong with it; and what one check (`Gate`) and one contender's seconds (`Timing`) are.
 """
 
 from __future__ import annotations
@@ -94,6 +94,37 @@ class Result:
     def entry(self) -> dict[str, Any]:
         """As a results file holds it: the fields, and what follows from them."""
         return {**dataclasses.asdict(self), "seconds": self.seconds()}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One check before any timing: an error and the bounds that it must meet, or equality of bits."""
+
+    implementation: str
+    what: str
+    passed: bool
+    error: float | None = None
+    bound: float | None = None
+    eager_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median, and what a fifth of the calls stayed below and above."""
+
+    median: float
+    p20: float
+    p80: float
+    host: float | None = None
+    """The median of the host's own time to enqueue the call on a GPU, which is no part of the others."""
+    is_late: bool = False
+    """Whether the GPU waited for the host in some round all the same, so that the median may hold the host's time."""
+    graph: float | None = None
+    """The median of a replay of the call as a CUDA graph: without the launches' own time on the host."""
+    launches: int | None = None
+    """Kernels that one call launches."""
+    peak_bytes: int | None = None
+    """What a call allocates at its peak, beside its inputs."""
 
 
 FAULTY = ("not finite", "gate failed", "over the cap", "failed")

@@ -12,8 +12,7 @@ from pydantic import Field
 
 from ltxforge.model_spec import ModelSpec
 from ltxforge.shapes import ClipShape
-from ltxforge.suites.case import Case, Result
-from ltxforge.suites.kernels import Gate, Timing
+from ltxforge.suites.case import Case, Gate, Result, Timing
 from ltxforge.suites.sizes import EXAMPLES, MODELS, Models, Size, parse_shape
 
 OURS = "ltxforge"

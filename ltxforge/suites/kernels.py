@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from ltxforge.suites.case import Case, Result
+from ltxforge.suites.case import Case, Gate, Result, Timing
 
 Timed = Literal["forward", "backward", "both"]
 Side = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -119,37 +119,6 @@ class KernelCase(Case):
             if (getattr(self, key) is None) != (key not in op.needs):
                 told = f"{self.op} needs `{key}`" if key in op.needs else f"{self.op} has no `{key}`"
                 yield (key if key not in op.needs else "op"), told, f"it needs {', '.join(op.needs)}"
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One check before any timing: an error and the bounds that it must meet, or equality of bits."""
-
-    implementation: str
-    what: str
-    passed: bool
-    error: float | None = None
-    bound: float | None = None
-    eager_error: float | None = None
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one call: the median, and what a fifth of the calls stayed below and above."""
-
-    median: float
-    p20: float
-    p80: float
-    host: float | None = None
-    """The median of the host's own time to enqueue the call on a GPU, which is no part of the others."""
-    is_late: bool = False
-    """Whether the GPU waited for the host in some round all the same, so that the median may hold the host's time."""
-    graph: float | None = None
-    """The median of a replay of the call as a CUDA graph: without the launches' own time on the host."""
-    launches: int | None = None
-    """Kernels that one call launches."""
-    peak_bytes: int | None = None
-    """What a call allocates at its peak, beside its inputs."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from ltxforge.modalities import has
 from ltxforge.model_spec import ModelSpec
 from ltxforge.recipe.schema import Count, Fps, Target
 from ltxforge.shapes import ClipShape
-from ltxforge.suites.case import Case, Result
-from ltxforge.suites.kernels import Gate
+from ltxforge.suites.case import Case, Gate, Result
 from ltxforge.suites.sizes import EXAMPLES, MODELS, Models, Size, parse_shape
 
 EAGER_PEER, COMPILED_PEER = "diffusers + PEFT", "diffusers + PEFT, compiled"

@@ -18,8 +18,8 @@ from ltxforge.models import vae_streaming
 from ltxforge.shapes import ClipShape
 from ltxforge.signals import StopRequest
 from ltxforge.suites import read
+from ltxforge.suites.case import Timing
 from ltxforge.suites.encode import CHANNELS_LAST, FRAMEWISE, OURS, TILED, WHOLE, EncodeCase, EncodeResult
-from ltxforge.suites.kernels import Timing
 from ltxforge.ui.results_table import RATIOS, encode_row
 
 ROOT = Path(__file__).resolve().parents[2]

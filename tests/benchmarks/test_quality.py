@@ -20,7 +20,7 @@ from ltxforge.optim import Optimizer
 from ltxforge.plan import Plan
 from ltxforge.signals import StopRequest
 from ltxforge.specs import SPECS
-from ltxforge.suites.kernels import Gate
+from ltxforge.suites.case import Gate
 from ltxforge.suites.step import StepCase
 
 CPU_HARDWARE = dataclasses.replace(detect(), kind="cpu", memory_bytes=0)

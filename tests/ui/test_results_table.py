@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from ltxforge.benchmarks.against import Compared
-from ltxforge.suites.kernels import Gate, KernelResult, Timing
+from ltxforge.suites.case import Gate, Timing
+from ltxforge.suites.kernels import KernelResult
 from ltxforge.ui.results_table import against_table, brief, markdown, resources_table, results_table
 
 HEAD = {

@@ -1,4 +1,4 @@
-"""The bench's view of `flow_matching`: noising, the masked velocity loss with its gradient, and both. No peers."""
+"""The bench's view of `flow_matching`: noising, and the masked velocity loss with its gradient. No peers."""
 
 from __future__ import annotations
 

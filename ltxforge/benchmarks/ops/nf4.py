@@ -1,6 +1,6 @@
-"""The bench's view of `nf4`: unpacking a double-quantised weight, and the linear layer over one, alone and with a LoRA.
+"""The bench's view of `nf4`: unpacking a double-quantised weight, and the linear layer over one. Peer: bitsandbytes.
 
-Peers: bitsandbytes, and PEFT over it.
+With a LoRA on the layer: PEFT over bitsandbytes.
 """
 
 from __future__ import annotations
