@@ -83,6 +83,12 @@ class DeviceFullError(LtxforgeError):
     exit_code = 71
 
 
+class KernelError(LtxforgeError):
+    """A kernel, or compiled code, cannot be made or started on this device. The last checkpoint is whole."""
+
+    exit_code = 70
+
+
 class DiskFullError(LtxforgeError):
     """No space left on the device. What was saved before is untouched and the run can be resumed."""
 

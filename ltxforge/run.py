@@ -16,7 +16,7 @@ from ltxforge.dataset.cache import Cache
 from ltxforge.dataset.cached import CachedData
 from ltxforge.distributed import refuse_several_processes
 from ltxforge.durable import faults_told
-from ltxforge.errors import DeviceFullError, LtxforgeError, RunError, Stopped
+from ltxforge.errors import DeviceFullError, KernelError, LtxforgeError, RunError, Stopped
 from ltxforge.events import (
     Emit,
     Note,
@@ -43,6 +43,9 @@ from ltxforge.ui.kernels_table import calls_table
 from ltxforge.ui.plan_table import plan_table
 from ltxforge.ui.screen import Screen
 from ltxforge.ui.text import duration
+
+# Whose errors are about how an op is carried out, and never about the recipe.
+COMPILERS = ("triton.", "torch._dynamo.", "torch._inductor.")
 
 
 def run(parsed: Parsed, out: Path | None, screen: Screen) -> None:
@@ -112,7 +115,7 @@ def _time_left(home: RunDirectory, steps: int) -> str:
 
 @contextlib.contextmanager
 def failures_logged(log: EventLog) -> Iterator[None]:
-    """What ends the run stands in its log too; the device's want of memory becomes an error with ways out."""
+    """What ends the run stands in its log too; want of memory and compilers' troubles become errors with ways out."""
     try:
         yield
     except Stopped:
@@ -125,6 +128,17 @@ def failures_logged(log: EventLog) -> Iterator[None]:
             f"the device has too little memory: {str(error).splitlines()[0]}",
             remedy="The last checkpoint is whole. memory.checkpointing = true may be set at any time; in a new run,"
             " lower resolution, frames, batch_size or rank, or leave validation out, help too.",
+        )
+        log(Note(str(told), "error"))
+        raise told from error
+    except Exception as error:
+        if not type(error).__module__.startswith(COMPILERS):
+            raise
+        told = KernelError(
+            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            where="a kernel cannot be made or started here",
+            remedy="The last checkpoint is whole. Without kernels of ours it goes on: --set kernels.all=eager."
+            " Please report it with the output of `ltxforge kernels`.",
         )
         log(Note(str(told), "error"))
         raise told from error

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from ltxforge import hardware, run, session
 from ltxforge.dataset import cached
-from ltxforge.errors import DataError, PlanError, RecipeError, RunError
+from ltxforge.errors import DataError, KernelError, PlanError, RecipeError, RunError
 from ltxforge.lora.inject import inject, load_adapter
 from ltxforge.lora.targets import match
 from ltxforge.media import demo
@@ -485,3 +485,15 @@ def require_sound_ends_with_picture(path: Path, frames: int, fps: int) -> None:
     picture_end = pictures[-1].time + 1 / fps
     sound_end = sounds[-1].time + sounds[-1].samples / sounds[-1].sample_rate
     assert abs(picture_end - sound_end) < 1 / fps
+
+
+def test_a_kernel_that_cannot_start_is_told_with_the_way_out():
+    """A real error of Triton's, as a GPU with too little shared memory raises it; others pass as they are."""
+    errors = pytest.importorskip("triton.runtime.errors")
+    told = []
+    with pytest.raises(KernelError, match="out of resource") as raised, run.failures_logged(told.append):
+        raise errors.OutOfResources(147_512, 101_376, "shared memory")
+    assert "--set kernels.all=eager" in str(raised.value) and told[0].level == "error"
+    with pytest.raises(ZeroDivisionError), run.failures_logged(told.append):
+        raise ZeroDivisionError
+    assert len(told) == 1
