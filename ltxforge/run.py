@@ -121,7 +121,7 @@ def failures_logged(log: EventLog) -> Iterator[None]:
     except Stopped:
         raise
     except LtxforgeError as error:
-        log(Note(str(error), "error"))
+        _keep(log, error)
         raise
     except torch.OutOfMemoryError as error:
         told = DeviceFullError(
@@ -129,7 +129,7 @@ def failures_logged(log: EventLog) -> Iterator[None]:
             remedy="The last checkpoint is whole. memory.checkpointing = true may be set at any time; in a new run,"
             " lower resolution, frames, batch_size or rank, or leave validation out, help too.",
         )
-        log(Note(str(told), "error"))
+        _keep(log, told)
         raise told from error
     except Exception as error:
         if not type(error).__module__.startswith(COMPILERS):
@@ -140,8 +140,14 @@ def failures_logged(log: EventLog) -> Iterator[None]:
             remedy="The last checkpoint is whole. Without kernels of ours it goes on: --set kernels.all=eager."
             " Please report it with the output of `ltxforge kernels`.",
         )
-        log(Note(str(told), "error"))
+        _keep(log, told)
         raise told from error
+
+
+def _keep(log: EventLog, error: LtxforgeError) -> None:
+    """Write the error down, unless the log is what failed: a full disk closes it, and the error must still be told."""
+    with contextlib.suppress(OSError, ValueError):
+        log(Note(str(error), "error"))
 
 
 def refuse_if_never(parsed: Parsed, where: Places) -> None:
