@@ -243,37 +243,40 @@ def block_forward(
 ) -> dict[Modality, Tensor]:
     """One transformer block: self attention, prompt attention, each other, feed-forward. `hidden` is [B, T, D] each.
 
-    A part's branch is added by the part that follows, in one pass with its norm.
+    A part's branch is added by the part that follows, in one pass with its norm. Each modality's table [U, 6 or 9, D]
+    of shifts, scales and gates is made once.
     """
-    attended = {m: self_attention(block, m, tokens, given[m]) for m, tokens in hidden.items()}
+    tables = {m: given[m].own.table(m.of(block, "scale_shift_table")) for m in hidden}
+    attended = {m: self_attention(block, m, tokens, tables[m], given[m]) for m, tokens in hidden.items()}
     streams = {m: tokens for m, (tokens, _) in attended.items()}
-    branches = {m: prompt_attention(block, m, query, given[m]) for m, (_, query) in attended.items()}
+    branches = {m: prompt_attention(block, m, query, tables[m], given[m]) for m, (_, query) in attended.items()}
     if len(hidden) == 2:
         streams, branches = cross_attention(block, streams, branches, given)
-    return {m: feed_forward(block, m, tokens, branches[m], given[m]) for m, tokens in streams.items()}
+    return {m: feed_forward(block, m, tokens, branches[m], tables[m], given[m]) for m, tokens in streams.items()}
 
 
-def self_attention(block: nn.Module, modality: Modality, hidden: Tensor, given: Given) -> tuple[Tensor, Tensor]:
+def self_attention(
+    block: nn.Module, modality: Modality, hidden: Tensor, table: Tensor, given: Given
+) -> tuple[Tensor, Tensor]:
     """The modality attends to itself, between rows 0 to 2 of its modulation.
 
     Gives the stream, and it normed as the queries of `prompt_attention`, which 2.3 and 2.5 modulate by rows 6 and 7.
     """
-    table, index, kernels = given.own.table(modality.of(block, "scale_shift_table")), given.own.index, given.kernels
+    index, kernels = given.own.index, given.kernels
     normed = norm(modality.of(block, "norm1"), hidden, Shift(table, index, 0, 1), kernels)
     attended = attention_forward(modality.of(block, "attn1"), normed, normed, kernels, given.rope)
     queries = Shift(table, index, 6, 7) if table.shape[1] > 6 else None
     return add_and_norm(hidden, attended, Gate(table, index, 2), modality.of(block, "norm2"), queries, kernels)
 
 
-def prompt_attention(block: nn.Module, modality: Modality, query: Tensor, given: Given) -> Branch:
+def prompt_attention(block: nn.Module, modality: Modality, query: Tensor, table: Tensor, given: Given) -> Branch:
     """The modality attends to its prompt; 2.3 and 2.5 modulate the prompt and gate the result by row 8."""
-    table, prompt_table = modality.of(block, "scale_shift_table"), modality.of(block, "prompt_scale_shift_table")
     context = given.prompt
-    if prompt_table is not None:
+    if (prompt_table := modality.of(block, "prompt_scale_shift_table")) is not None:
         shift, scale = given.prompt_rows.rows(prompt_table)
         context = context * (1 + scale) + shift
     attended = attention_forward(modality.of(block, "attn2"), query, context, given.kernels, bias=given.bias)
-    return Branch(attended, Gate(given.own.table(table), given.own.index, 8) if len(table) > 6 else None)
+    return Branch(attended, Gate(table, given.own.index, 8) if table.shape[1] > 6 else None)
 
 
 def cross_attention(
@@ -310,9 +313,11 @@ def cross_attention(
     return streams, added
 
 
-def feed_forward(block: nn.Module, modality: Modality, hidden: Tensor, branch: Branch, given: Given) -> Tensor:
+def feed_forward(
+    block: nn.Module, modality: Modality, hidden: Tensor, branch: Branch, table: Tensor, given: Given
+) -> Tensor:
     """The modality's feed-forward, between rows 3 to 5 of its modulation, after what is yet to be added."""
-    table, index, kernels = given.own.table(modality.of(block, "scale_shift_table")), given.own.index, given.kernels
+    index, kernels = given.own.index, given.kernels
     moved = Shift(table, index, 3, 4)
     hidden, normed = add_and_norm(hidden, branch.value, branch.gate, modality.of(block, "norm3"), moved, kernels)
     return add(hidden, blocks.feed_forward(modality.of(block, "ff"), normed, kernels), Gate(table, index, 5), kernels)
