@@ -75,7 +75,7 @@ def _refusal(refused: Mapping[tuple[str, str], Collection[str]]) -> PlanError:
 
 def _kept(fresh: Choice, previous: Kernels, machine: Machine, dtype: str, rank: int) -> Choice:
     """What the run began with, if it can run here. Ops that are not in an earlier plan were eager then."""
-    before = next((choice for choice in previous.choices if choice.op == fresh.op), Choice(fresh.op, "eager", ""))
+    before = previous.choice(fresh.op)
     if any(why_not(each, machine, dtype, rank) for each in before.implementations):
         return fresh
     if (before.implementation, before.exceptions) == (fresh.implementation, fresh.exceptions):
@@ -92,7 +92,7 @@ def changed(before: Kernels, now: Kernels) -> list[str]:
     """What two attempts of a run compute differently, in words: bits may differ from there on."""
     moves: dict[tuple[str, str], list[str]] = {}
     for choice in now.choices:
-        was = next((each for each in before.choices if each.op == choice.op), Choice(choice.op, "eager", ""))
+        was = before.choice(choice.op)
         if (was.implementation, was.exceptions) != (choice.implementation, choice.exceptions):
             moves.setdefault((was.implementation, choice.implementation), []).append(choice.op)
     return [f"{', '.join(ops)}: {_moved(*move)}" for move, ops in moves.items()]
