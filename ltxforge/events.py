@@ -152,6 +152,10 @@ class RunEnded(Event):
 Emit = Callable[[Event], None]
 
 
+def ignore(event: Event) -> None:
+    """Takes events that nobody needs."""
+
+
 def to_json(event: Event) -> dict[str, Any]:
     """The event as JSON-ready data with its type's name first. Non-finite numbers become strings ("nan", "inf")."""
     return {"event": type(event).__name__, **_plain(dataclasses.asdict(event))}

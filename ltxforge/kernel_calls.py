@@ -5,18 +5,19 @@ Asks the models' own forwards, by standing where they ask for their implementati
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from ltxforge_kernels.choice import Implementation, Kernels
 
-from ltxforge.lora.inject import inject
-from ltxforge.lora.targets import match
+from ltxforge.events import ignore
 from ltxforge.modalities import Streams, has
 from ltxforge.models.interface import Noisy, NoisyTokens, VideoModel
 from ltxforge.models.random_weights import random_model, random_prompt
 from ltxforge.plan import BucketPlan, Plan
+from ltxforge.session import adapt
 from ltxforge.specs import ModelSpec
 from ltxforge.ui.kernels_table import Calls
 
@@ -45,10 +46,7 @@ def calls_of(plan: Plan, spec: ModelSpec, bucket: BucketPlan) -> list[Calls]:
     """
     recorder = Recorder()
     model = random_model(spec, META, torch.bfloat16, plan.training.modalities)
-    model.load_transformer()
-    matched = match(plan.lora.targets, spec, plan.lora.modalities, plan.training.modalities)
-    inject(model.transformer, plan.lora, matched, plan.seed, recorder)
-    model.kernels = recorder
+    adapt(dataclasses.replace(plan, kernels=recorder), model, ignore)
     _predict(model, plan, spec, bucket)
     return [
         Calls(op, plan.kernels.of(op, tokens, width), tokens, width, count)

@@ -53,6 +53,13 @@ def open_session(
 
 def make_trainable(plan: Plan, model: VideoModel, emit: Emit) -> Optimizer:
     """Load the transformer, put a fresh adapter in and give its optimiser."""
+    adapt(plan, model, emit)
+    model.transformer.train()
+    return Optimizer(plan.optimizer, adapter_parameters(model.transformer))
+
+
+def adapt(plan: Plan, model: VideoModel, emit: Emit) -> None:
+    """Load the transformer and put a fresh adapter in; both compute as the plan says."""
     model.load_transformer()
     matched = match(plan.lora.targets, model.spec, plan.lora.modalities, plan.training.modalities)
     report = inject(model.transformer, plan.lora, matched, plan.seed, plan.kernels)
@@ -60,8 +67,6 @@ def make_trainable(plan: Plan, model: VideoModel, emit: Emit) -> Optimizer:
     emit(LoraInjected(dataclasses.asdict(report)))
     model.kernels = plan.kernels
     model.set_checkpointing(plan.memory.checkpointing)
-    model.transformer.train()
-    return Optimizer(plan.optimizer, adapter_parameters(model.transformer))
 
 
 @dataclass

@@ -56,6 +56,7 @@ BESIDE = {
     ("ui", "trackers"),
     ("run", "facts"),
     ("run", "kernel_calls"),
+    ("kernel_calls", "session"),
     ("run", "session"),
     ("benchmark", "benchmarks"),
     ("benchmarks", "session"),

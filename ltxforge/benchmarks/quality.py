@@ -22,7 +22,7 @@ from ltxforge.benchmarks.step_watch import StepWatch, SyntheticData, train_watch
 from ltxforge.benchmarks.synthetic import SEED, plan_of, synthetic_batch
 from ltxforge.dataset.batches import Batch
 from ltxforge.errors import NonFiniteError
-from ltxforge.events import Event
+from ltxforge.events import ignore
 from ltxforge.hardware import Hardware, torch_device, torch_dtype
 from ltxforge.lora.inject import adapter_parameters, load_adapter
 from ltxforge.models.interface import VideoModel
@@ -196,11 +196,7 @@ def trainable(
 ) -> tuple[VideoModel, Optimizer]:  # fmt: skip
     """Our model of random weights with its adapter, as a run's."""
     model = random_model(spec, device, torch_dtype(case.precision), case.trained)
-    return model, make_trainable(plan, model, _ignore)
-
-
-def _ignore(_event: Event) -> None:
-    """Takes events that nobody needs."""
+    return model, make_trainable(plan, model, ignore)
 
 
 def our_step(plan: Plan, model: VideoModel, batch: Batch) -> Step:

@@ -24,7 +24,7 @@ from ltxforge.benchmarks.step_watch import StepWatch, train_watched
 from ltxforge.benchmarks.synthetic import model_tokens, plan_of, synthetic_batch, tokens_of, tokens_told
 from ltxforge.dataset.batches import Batch
 from ltxforge.errors import NonFiniteError, Stopped
-from ltxforge.events import Event
+from ltxforge.events import ignore
 from ltxforge.hardware import (
     Hardware,
     is_out_of_memory,
@@ -152,7 +152,7 @@ class Ours:
     def __init__(self, case: TrainingCase, plan: Plan, device: torch.device, stop: StopRequest) -> None:
         self.plan, self.device, self.stop = plan, device, stop
         self.model = random_model(case.spec, device, torch_dtype(case.precision), case.trained)
-        self.optimizer = make_trainable(plan, self.model, _ignore)
+        self.optimizer = make_trainable(plan, self.model, ignore)
         self.batch = synthetic_batch(case, self.model)
         self.watch = StepWatch(device)
         self.losses: list[float] = []
@@ -215,10 +215,6 @@ def _measured(
         unavailable=rounds.unavailable,
         kernels={choice.op: choice.implementation for choice in plan.kernels.choices},
     )
-
-
-def _ignore(_event: Event) -> None:
-    """Takes events that nobody needs."""
 
 
 OURS = "ltxforge"
@@ -333,7 +329,7 @@ def count_flops(case: StepCase, plan: Plan) -> int:
     elementwise, noising, loss and optimiser. Counted on the meta device, where nothing is computed.
     """
     model = random_model(case.spec, META, torch_dtype(case.precision), case.trained)
-    make_trainable(dataclasses.replace(plan, memory=MemoryPlan(0), kernels=EAGER), model, _ignore)
+    make_trainable(dataclasses.replace(plan, memory=MemoryPlan(0), kernels=EAGER), model, ignore)
     batch = synthetic_batch(case, model)
     timesteps = torch.zeros(case.batch_size, 1, device=META)
     noisy = model_tokens(batch).map(lambda each: NoisyTokens(each.to(META, model.dtype), timesteps, timesteps[:, 0]))
