@@ -31,7 +31,7 @@ def estimate(plan: Plan, spec: ModelSpec, parameters: int) -> Estimates:
         cache_bytes=latents_bytes(plan) + each[kept] * len(captions) + of_prompt[kept] * len(prompts),
         caption_bytes=each[kept],
         text_bytes=each if spec.connectors_config else {},
-        checkpoint_bytes=parameters * (4 + (2 if plan.optimizer.name == "adamw-8bit" else 8)) + lora_bytes,
+        checkpoint_bytes=parameters * (4 + (2 if plan.optimizer.name == "adamw8bit" else 8)) + lora_bytes,
         lora_bytes=lora_bytes,
         download_bytes=download_bytes(plan.model.components),
     )

@@ -73,7 +73,7 @@ def _build(plan: OptimizerPlan, parameters: list[nn.Parameter]) -> torch.optim.O
         # A LoRA is hundreds of small tensors: on a GPU they are updated in a few launches instead of thousands.
         on_gpu = any(parameter.device.type != "cpu" for parameter in parameters)
         return torch.optim.AdamW(parameters, foreach=on_gpu, fused=False, **options)
-    assert plan.name == "adamw-8bit", plan.name
+    assert plan.name == "adamw8bit", plan.name
     return bitsandbytes_optim().AdamW8bit(parameters, **options)
 
 

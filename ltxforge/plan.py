@@ -22,7 +22,7 @@ from ltxforge_kernels.choice import EAGER, Kernels
 
 from ltxforge.shapes import ClipShape
 
-FORMAT = 2
+FORMAT = 3
 MOST_CLIPS_TOLD = 8
 T = TypeVar("T")
 
@@ -225,7 +225,8 @@ class OptimizerPlan:
 class TrainingPlan:
     """The step. `clip_norm` and `clip_value` are exclusive; both None means no clipping.
 
-    `modalities` says what is computed: "video", "audio" or "both". What is left out costs nothing.
+    `modalities` says what is computed: "video", "audio" or "both". What is left out costs nothing. `compile` compiles
+    the transformer's block as a whole.
     """
 
     batch_size: int
@@ -233,13 +234,57 @@ class TrainingPlan:
     clip_norm: float | None
     clip_value: float | None
     modalities: str = "video"
+    compile: bool = free(default=False)
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Blocks whose large frozen weights wait off the device and come when they are needed.
+
+    `units` are the numbers of the blocks that travel together; at `level` "leaf" each linear layer travels alone.
+    `overlapped` copies beside the computation, on a stream of its own. `disk` is the folder where they wait, "" for
+    host memory.
+    """
+
+    units: tuple[tuple[int, ...], ...]
+    level: str = "block"
+    overlapped: bool = True
+    disk: str = ""
+
+    @property
+    def blocks(self) -> frozenset[int]:
+        """All blocks that are streamed."""
+        return frozenset(number for unit in self.units for number in unit)
+
+
+def every_nth(every: int, blocks: int) -> tuple[int, ...]:
+    """The numbers of every n-th block from the first; none where `every` is 0."""
+    return tuple(range(0, blocks, every)) if every else ()
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Gradient checkpointing: 0 off, n every n-th block. It changes no bit of a gradient, so it may change."""
+    """How the model is made to fit.
 
-    checkpointing: int = free()
+    What changes no bit of a gradient may change between attempts: which blocks are computed again in the backward pass
+    (`checkpointed`, by number), which are streamed, what is kept on the host. `base_precision` "bf16" is not quantised:
+    the base is kept in the run's precision. `decode_tile` (pixels) and `decode_frames` are the sizes in which samples
+    are decoded, 0 for whole. `budget` is what must fit, in bytes of the device and of the host, 0 where nobody asked;
+    `fit` how it was asked for.
+    """
+
+    checkpointed: tuple[int, ...] = free(default=())
+    base_precision: str = "bf16"
+    double_quant: bool = False
+    quantise_on: str = free(default="device")
+    text_encoder_precision: str = free(default="bf16")
+    stream: StreamPlan | None = free(default=None)
+    offload_activations: bool = free(default=False)
+    decode_tile: int = free(default=0)
+    decode_frames: int = free(default=0)
+    dry_run: bool = free(default=False)
+    fit: str = free(default="")
+    budget: tuple[int, int] = free(default=(0, 0))
 
 
 @dataclass(frozen=True)
@@ -290,6 +335,16 @@ class ValidationPlan:
 
 
 @dataclass(frozen=True)
+class PhasePlan:
+    """What one phase of a run takes at its peak, in bytes; `parts` says what the device's are made of."""
+
+    name: str
+    device_bytes: int
+    host_bytes: int
+    parts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Estimates:
     """What the plan can know before anything runs. Bytes.
 
@@ -303,6 +358,7 @@ class Estimates:
     checkpoint_bytes: int = 0
     lora_bytes: int = 0
     download_bytes: int = 0
+    phases: tuple[PhasePlan, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from ltxforge.plan import (
     SamplePlan,
     TrainingPlan,
     ValidationPlan,
+    every_nth,
 )
 from ltxforge.plan_notes import notes_on
 from ltxforge.recipe.model_rules import LTX2_SAMPLING, SOUND_PARTS, family_named
@@ -107,7 +108,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         lora=_lora(recipe, modalities, facts),
         optimizer=optimizer,
         training=_training(recipe, modalities),
-        memory=MemoryPlan(_checkpointing(recipe, facts.hardware)),
+        memory=MemoryPlan(checkpointed=_checkpointed(recipe, facts.hardware, spec.blocks)),
         checkpoint=CheckpointPlan(every, recipe.checkpoint.keep),
         validation=_validation(recipe, facts, every),
         directory=facts.directory,
@@ -286,9 +287,9 @@ def _optimizer(recipe: Recipe, hardware: Hardware, steps: int, previous: Plan | 
     later without changing the rate of a step that is planned already.
     """
     optimizer = recipe.optimizer
-    if optimizer.name == "adamw-8bit" and "bitsandbytes" not in hardware.packages:
+    if optimizer.name != "adamw" and "bitsandbytes" not in hardware.packages:
         raise PlanError(
-            'optimizer.name = "adamw-8bit" needs the package bitsandbytes, which is not installed',
+            f'optimizer.name = "{optimizer.name}" needs the package bitsandbytes, which is not installed',
             remedy='pip install bitsandbytes (it has no build for macOS), or set optimizer.name = "adamw".',
         )
     warmup, decay_steps = optimizer.warmup_steps, steps
@@ -323,7 +324,13 @@ def _training(recipe: Recipe, modalities: str) -> TrainingPlan:
     norm = training.clip_norm
     if norm is None and training.clip_value is None:
         norm = 1.0
-    return TrainingPlan(training.batch_size, training.accumulate, norm, training.clip_value, modalities)
+    return TrainingPlan(
+        training.batch_size, training.accumulate, norm, training.clip_value, modalities, training.compile
+    )
+
+
+def _checkpointed(recipe: Recipe, hardware: Hardware, blocks: int) -> tuple[int, ...]:
+    return every_nth(_checkpointing(recipe, hardware), blocks)
 
 
 def _checkpointing(recipe: Recipe, hardware: Hardware) -> int:

@@ -30,6 +30,7 @@ from ltxforge.events import (
 from ltxforge.lora.files import export, provenance, read
 from ltxforge.lora.inject import adapter_parameters, adapter_scaling, inject, load_adapter
 from ltxforge.lora.targets import match
+from ltxforge.memory.strategy import run_block_of
 from ltxforge.models.interface import VideoModel
 from ltxforge.models.parts import release_memory
 from ltxforge.optim import Optimizer
@@ -66,7 +67,7 @@ def adapt(plan: Plan, model: VideoModel, emit: Emit) -> None:
     release_memory(model.device)  # of weights that now stand beside a copy of B
     emit(LoraInjected(dataclasses.asdict(report)))
     model.kernels = plan.kernels
-    model.set_checkpointing(plan.memory.checkpointing)
+    model.run_block = run_block_of(plan.memory, model.device)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from ltxforge.optim import Optimizer
 from ltxforge.plan import OptimizerPlan
 
 PLAN = OptimizerPlan("adamw", 1e-2, (0.9, 0.99), 1e-8, 0.01, "constant", 0, 10, 0.0, 2.0)
-NAMES = ["adamw", "adamw-8bit"]
+NAMES = ["adamw", "adamw8bit"]
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -65,7 +65,7 @@ def test_saved_state_continues_bit_for_bit(name, tmp_path):
 
 
 def test_8bit_moments_are_really_8bit():
-    optimizer = Optimizer(dataclasses.replace(PLAN, name="adamw-8bit"), parameters())
+    optimizer = Optimizer(dataclasses.replace(PLAN, name="adamw8bit"), parameters())
     run(optimizer, 0, 1)
     dtypes = {key.rpartition("/")[2]: value.dtype for key, value in optimizer.state().items() if key.startswith("b.")}
     assert dtypes["state1"] == dtypes["state2"] == torch.uint8

@@ -17,11 +17,12 @@ from ltxforge.dataset.batches import Batch
 from ltxforge.flow_matching import noise_for
 from ltxforge.lora.inject import adapter_parameters, inject
 from ltxforge.lora.targets import match
+from ltxforge.memory.strategy import run_block_of
 from ltxforge.modalities import Streams
 from ltxforge.models.interface import PromptEmbeddings
 from ltxforge.models.ltx_video import LTXVideo
 from ltxforge.models.tiny import tiny_parts
-from ltxforge.plan import ConditioningPlan, Plan
+from ltxforge.plan import ConditioningPlan, MemoryPlan, Plan, every_nth
 from ltxforge.shapes import LatentShape
 from ltxforge.specs import TINY
 
@@ -165,7 +166,7 @@ def test_dropout_draws_the_same_mask_under_checkpointing(every, step_plan):
     results = []
     for checkpointing in (0, every):
         model = make_model(base, plan, torch.float32)
-        model.set_checkpointing(checkpointing)
+        model.run_block = run_block_of(MemoryPlan(every_nth(checkpointing, model.spec.blocks)), model.device)
         losses, _ = losses_of(plan, model, make_batch(base, torch.float32))
         losses.mean().backward()
         results.append({n: p.grad for n, p in adapter_parameters(model.transformer).items()})

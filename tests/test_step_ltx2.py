@@ -22,11 +22,12 @@ from ltxforge.dataset.batches import Batch
 from ltxforge.flow_matching import noise_for
 from ltxforge.lora.inject import adapter_parameters, inject
 from ltxforge.lora.targets import match
+from ltxforge.memory.strategy import run_block_of
 from ltxforge.modalities import Streams
 from ltxforge.models.interface import PromptEmbeddings
 from ltxforge.models.ltx2_tiny import tiny_parts, tiny_transformer
 from ltxforge.models.ltx2_video import LTX2Video
-from ltxforge.plan import AudioPlan, ConditioningPlan, Plan, TrainingPlan
+from ltxforge.plan import AudioPlan, ConditioningPlan, MemoryPlan, Plan, TrainingPlan, every_nth
 from ltxforge.shapes import LatentShape
 from ltxforge.signals import StopRequest
 from ltxforge.specs import TINY
@@ -422,7 +423,7 @@ def test_checkpointing_changes_no_bit_of_a_step_with_dropout(every, plan_maker):
     results = []
     for checkpointing in (0, every):
         model = make_model(base, plan, torch.float32)
-        model.set_checkpointing(checkpointing)
+        model.run_block = run_block_of(MemoryPlan(every_nth(checkpointing, model.spec.blocks)), model.device)
         results.append(ours(plan, model, OneStep(base, case, torch.float32)))
     (kept, expected), (recomputed, found) = results
     assert kept.streams == recomputed.streams

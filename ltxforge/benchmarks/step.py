@@ -329,7 +329,7 @@ def count_flops(case: StepCase, plan: Plan) -> int:
     elementwise, noising, loss and optimiser. Counted on the meta device, where nothing is computed.
     """
     model = random_model(case.spec, META, torch_dtype(case.precision), case.trained)
-    make_trainable(dataclasses.replace(plan, memory=MemoryPlan(0), kernels=EAGER), model, ignore)
+    make_trainable(dataclasses.replace(plan, memory=MemoryPlan(), kernels=EAGER), model, ignore)
     batch = synthetic_batch(case, model)
     timesteps = torch.zeros(case.batch_size, 1, device=META)
     noisy = model_tokens(batch).map(lambda each: NoisyTokens(each.to(META, model.dtype), timesteps, timesteps[:, 0]))

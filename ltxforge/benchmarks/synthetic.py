@@ -30,6 +30,7 @@ from ltxforge.plan import (
     Plan,
     TrainingPlan,
     ValidationPlan,
+    every_nth,
 )
 from ltxforge.randomness import address
 from ltxforge.suites.step import StepCase
@@ -60,7 +61,7 @@ def plan_of(case: StepCase, hardware: Hardware) -> Plan:
         lora=LoraPlan(case.rank, float(case.rank), 0.0, False, tuple(case.targets), modalities=case.trained),
         optimizer=OptimizerPlan("adamw", 1e-4, (0.9, 0.999), 1e-8, 0.0, "constant", 0, steps, 0.0, 2.0),
         training=TrainingPlan(case.batch_size, case.accumulate, 1.0, None, case.trained),
-        memory=MemoryPlan(case.checkpointing),
+        memory=MemoryPlan(every_nth(case.checkpointing, case.spec.blocks)),
         checkpoint=CheckpointPlan(steps, 2),
         validation=ValidationPlan(0, False),
         directory="",

@@ -13,6 +13,7 @@ from ltxforge_kernels.choice import EAGER, Kernels
 from ltxforge_kernels.qk_norm_rope import Rope
 from torch import nn
 
+from ltxforge.models.blocks import RunBlock, run_plainly
 from ltxforge.specs import ModelSpec
 
 # Batches of one size follow each other. Eager rotation keeps full tables, 100 to 150 MB at 768x512x121.
@@ -48,8 +49,8 @@ class BaseModel:
         self.vae_dtype, self.text_dtype = vae_dtype or usual, text_dtype or usual
         self._make_transformer = parts.transformer
         self._transformer: Any = None
-        self._checkpoint_every = 0
         self.kernels: Kernels = EAGER
+        self.run_block: RunBlock = run_plainly
         self._ropes: dict[Any, tuple[Rope, ...]] = {}
 
     @property
@@ -63,10 +64,6 @@ class BaseModel:
 
     def blocks(self) -> Sequence[nn.Module]:
         return self.transformer.transformer_blocks
-
-    def set_checkpointing(self, every: int) -> None:
-        assert every >= 0
-        self._checkpoint_every = every
 
     def _ropes_of(self, key: Any, make: Callable[[], tuple[Rope, ...]]) -> tuple[Rope, ...]:
         """The rotary tables of one size of clip, made when they are first needed; the last few are kept."""

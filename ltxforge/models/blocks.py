@@ -1,4 +1,4 @@
-"""What the transformer blocks of both families are made of: attention, modulation, residuals, checkpointing.
+"""What the transformer blocks of both families are made of: attention, modulation, residuals; and how it is called.
 
 Functions over tensors and diffusers' leaf modules, carried out by the ops of `ltxforge_kernels` as the plan chose them;
 in float32 the eager ones have diffusers' order of operations, so that the bits agree. Knows no family and no version:
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,6 @@ from ltxforge_kernels.gated_residual import gated_residual, gated_residual_norm,
 from ltxforge_kernels.gelu import gelu
 from ltxforge_kernels.qk_norm_rope import Rope, qk_norm_rope
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ltxforge.lora.linear import LoraLinear
 
@@ -196,8 +194,20 @@ def prompt_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return ((1 - mask.to(dtype)) * -10000.0)[:, None, None, :]
 
 
-def checkpointed(step: Callable[..., Result], number: int, every: int) -> Callable[..., Result]:
-    """Block `number`'s forward, recomputed in the backward pass if it is every n-th; `every` 0 is off."""
-    if every and number % every == 0 and torch.is_grad_enabled():
-        return partial(checkpoint, step, use_reentrant=False, preserve_rng_state=True)
-    return step
+class RunBlock(Protocol):
+    """How a forward calls each of its blocks: `run(number, forward, block, hidden, *shared)` gives what
+    `forward(block, hidden, *shared)` gives.
+
+    Memory strategies stand here: they may fetch the block's weights before, keep `hidden` elsewhere, and compute the
+    block again in the backward pass. `hidden` is the residual stream, or a mapping of streams; `shared` is the same for
+    every block.
+    """
+
+    def __call__(
+        self, number: int, forward: Callable[..., Result], block: nn.Module, hidden: Any, *shared: Any
+    ) -> Result: ...
+
+
+def run_plainly(_number: int, forward: Callable[..., Result], block: nn.Module, hidden: Any, *shared: Any) -> Result:
+    """Everything in its place: the block is called, and autograd keeps what it keeps."""
+    return forward(block, hidden, *shared)

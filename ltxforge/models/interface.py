@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ltxforge.modalities import Streams
+from ltxforge.models.blocks import RunBlock
 from ltxforge.plan import PromptPlan
 from ltxforge.shapes import LatentShape
 from ltxforge.specs import ModelSpec
@@ -118,7 +119,7 @@ class VideoModel(Protocol):
     """A base model. Encoders load on demand and are freed; training touches `predict` and `blocks` alone.
 
     `modalities` says what it computes: "video", "audio" or "both"; what is left out costs nothing. `kernels` says how
-    each op is carried out, eager until a run's choices are set.
+    each op is carried out, eager until a run's choices are set, `run_block` how blocks are called, plainly until then.
     """
 
     spec: ModelSpec
@@ -129,6 +130,7 @@ class VideoModel(Protocol):
     text_dtype: torch.dtype
     modalities: str
     kernels: Kernels
+    run_block: RunBlock
 
     @property
     def transformer(self) -> nn.Module:
@@ -192,10 +194,6 @@ class VideoModel(Protocol):
 
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer's blocks in order."""
-        ...
-
-    def set_checkpointing(self, every: int) -> None:
-        """Recompute every n-th block in the backward pass instead of keeping its activations; 0 is off."""
         ...
 
     def sample(

@@ -3,7 +3,7 @@
 The forward runs over the diffusers modules' own parameters, names unchanged; diffusers' forward is the oracle. Both
 modalities are computed by the same functions, told apart by `Modality`; versions by the modules that are there. What
 differs from diffusers: a modality that takes no part costs nothing and none of its modules is touched, timesteps are
-embedded once per distinct value, rope tables come from outside, gradient checkpointing takes an interval, and
+embedded once per distinct value, rope tables come from outside, how a block is called may be said, and
 audio-video cross attention follows the official rule for per-token timesteps (`prepare_cross`). Loads no file.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,15 +24,16 @@ from ltxforge.models import blocks
 from ltxforge.models.blocks import (
     Gate,
     Modulation,
+    RunBlock,
     Shift,
     add,
     add_and_norm,
     add_and_norm_twice,
     attention_forward,
-    checkpointed,
     distinct_timesteps,
     norm,
     prompt_bias,
+    run_plainly,
 )
 from ltxforge.shapes import LatentShape
 
@@ -139,8 +139,8 @@ class Given:
 def transformer_forward(
     transformer: LTX2VideoTransformer3DModel,
     streams: Streams[Stream],
-    checkpoint_every: int = 0,
     kernels: Kernels = EAGER,
+    run_block: RunBlock = run_plainly,
 ) -> Streams[Tensor]:
     """The velocities [B, T, C] of the modalities that take part.
 
@@ -149,8 +149,8 @@ def transformer_forward(
     Args:
         transformer: diffusers' module; only its parameters and leaf modules are used.
         streams: video, audio or both; with both, of equal B.
-        checkpoint_every: recompute every n-th block in the backward pass; 0 is off.
         kernels: which implementation each op has.
+        run_block: how each block is called.
     """
     present = {BY_NAME[name]: stream for name, stream in streams.items()}
     assert present, "at least one modality must take part"
@@ -159,7 +159,7 @@ def transformer_forward(
     for modality in present:
         given[modality], output_rows[modality] = prepare(transformer, modality, present, kernels)
     for number, block in enumerate(transformer.transformer_blocks):
-        hidden = checkpointed(partial(block_forward, block), number, checkpoint_every)(hidden, given)
+        hidden = run_block(number, block_forward, block, hidden, given)
     velocities = {m: output_forward(transformer, m, hidden[m], output_rows[m]) for m in present}
     return Streams(video=velocities.get(VIDEO), audio=velocities.get(AUDIO))
 

@@ -97,7 +97,7 @@ class LTX2Video(BaseModel):
             name: self._stream(name, tokens, prompts.embeds[name], prompts.mask, noisy)
             for name, tokens in noisy.streams.items()
         }
-        return transformer_forward(self.transformer, Streams(**given), self._checkpoint_every, self.kernels)
+        return transformer_forward(self.transformer, Streams(**given), self.kernels, self.run_block)
 
     def _stream(self, name: str, noisy: NoisyTokens, embeds: Tensor, mask: Tensor | None, clip: Noisy) -> Stream:
         assert has(self.modalities, name), f"{name} takes no part in a run on {self.modalities}"

@@ -3,7 +3,7 @@
 The forward runs over the diffusers modules' own parameters, names unchanged, so that loading, PEFT and files are
 untouched; diffusers' forward is the oracle and the order of operations is kept, so that the bits agree. What differs:
 timesteps are embedded once per distinct value, rope tables are computed once per size, the prompt mask once per step,
-and gradient checkpointing takes an interval. Decides nothing about training and loads no file (`models/load.py`).
+and how a block is called may be said. Decides nothing about training and loads no file (`models/load.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from diffusers import (
@@ -31,15 +30,16 @@ from ltxforge.models.base_model import BaseModel
 from ltxforge.models.blocks import (
     Gate,
     Modulation,
+    RunBlock,
     Shift,
     add,
     add_and_norm,
     attention_forward,
-    checkpointed,
     distinct_timesteps,
     feed_forward,
     norm,
     prompt_bias,
+    run_plainly,
 )
 from ltxforge.models.interface import Latents, Noisy, PromptBatch, PromptEmbeddings, Sample, WantedPrompt
 from ltxforge.models.parts import cast, release_memory
@@ -51,8 +51,8 @@ from ltxforge.specs import ModelSpec
 
 def block_forward(
     block: nn.Module,
-    kernels: Kernels,
     hidden: Tensor,
+    kernels: Kernels,
     prompt: Tensor,
     modulation: Modulation,
     rope: Rope,
@@ -63,6 +63,7 @@ def block_forward(
     Args:
         block: diffusers' LTXVideoTransformerBlock, perhaps with adapters injected into its linears.
         hidden: [B, T, D].
+        kernels: which implementation each op has.
         prompt: projected prompt, [B, P, D].
         modulation: the step's time embedding, six rows: shift, scale and gate of attention, and of the feed-forward.
         rope: of the T tokens.
@@ -84,8 +85,8 @@ def transformer_forward(
     mask: Tensor,
     timesteps: Tensor,
     rope: Rope,
-    checkpoint_every: int = 0,
     kernels: Kernels = EAGER,
+    run_block: RunBlock = run_plainly,
 ) -> Tensor:
     """The velocity [B, T, C] for noisy tokens [B, T, C].
 
@@ -96,16 +97,15 @@ def transformer_forward(
         mask: [B, P], 1 real and 0 padding.
         timesteps: [B, 1] or [B, T] float32, sigma · 1000; best on the host.
         rope: from `rope_tables`.
-        checkpoint_every: recompute every n-th block in the backward pass; 0 is off.
         kernels: which implementation each op has.
+        run_block: how each block is called.
     """
     hidden = transformer.proj_in(tokens)
     modulation, final = embed_timesteps(transformer, timesteps, hidden)
     prompt = transformer.caption_projection(embeds)
     bias = prompt_bias(mask, tokens.dtype)
     for number, block in enumerate(transformer.transformer_blocks):
-        step = checkpointed(partial(block_forward, block, kernels), number, checkpoint_every)
-        hidden = step(hidden, prompt, modulation, rope, bias)
+        hidden = run_block(number, block_forward, block, hidden, kernels, prompt, modulation, rope, bias)
     return output_forward(transformer, hidden, final)
 
 
@@ -222,7 +222,7 @@ class LTXVideo(BaseModel):
         place = (self.transformer, self.rope, noisy.shape, noisy.fps, self.device, *factors)
         (rope,) = self._ropes_of((noisy.shape, noisy.fps), lambda: (rope_tables(*place),))
         given = (tokens, embeds, mask, video.timesteps, rope)
-        return Streams(transformer_forward(self.transformer, *given, self._checkpoint_every, self.kernels))
+        return Streams(transformer_forward(self.transformer, *given, self.kernels, self.run_block))
 
     @contextlib.contextmanager
     def text_encoder(self) -> Iterator[None]:

@@ -45,6 +45,20 @@ def _check_size(text: str) -> str:
     return text
 
 
+def parse_capacity(text: str) -> int:
+    """`"12GB"` → bytes. GB and MB are 2^30 and 2^20 bytes, as cards are sold. Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d{1,5}(?:\.\d{1,3})?)\s*(GB|GiB|MB|MiB)\s*", text)
+    if not match:
+        raise ValueError('is no amount of memory; write it as on the card\'s box, for example "12GB"')
+    return round(float(match[1]) * 2 ** (30 if match[2].startswith("G") else 20))
+
+
+def _check_capacity(text: str) -> str:
+    if parse_capacity(text) == 0:
+        raise ValueError("is no memory at all; leave the key out")
+    return text
+
+
 def _check_frames(frames: int) -> int:
     if not is_legal_frames(frames):
         nearest = " or ".join(map(str, nearest_frames(frames)))
@@ -119,6 +133,11 @@ Positive = Annotated[float, AfterValidator(_check_positive), Field(json_schema_e
 ClipBound = Annotated[float, AfterValidator(_check_clip), Field(json_schema_extra={"exclusiveMinimum": 0})]
 Alpha = Annotated[float, AfterValidator(_check_alpha), Field(json_schema_extra={"exclusiveMinimum": 0})]
 Target = Annotated[str, AfterValidator(_check_pattern)]
+Capacity = Annotated[
+    str,
+    AfterValidator(_check_capacity),
+    Field(json_schema_extra={"pattern": r"^\s*\d{1,5}(\.\d{1,3})?\s*(GB|GiB|MB|MiB)\s*$"}),
+]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=100_000_000)]
 
@@ -204,9 +223,12 @@ class Training(_Section):
     )
     batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="Samples per micro-batch, per device.")
     accumulate: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="Micro-batches per optimiser update.")
-    precision: Literal["bf16", "fp32"] | None = Field(
-        None, description="Base weights and activations; LoRA weights and moments are always fp32. Default: by device."
+    precision: Literal["bf16", "fp16", "fp32"] | None = Field(
+        None,
+        description="Base weights and activations; LoRA weights and their gradients are always fp32. fp16 is for cards"
+        " without bf16 units. Default: by device.",
     )
+    compile: bool = Field(False, description="torch.compile the transformer's block; every new size costs a minute.")
     clip_norm: ClipBound | None = Field(
         None, description="Bound on the norm of the whole gradient; default 1.0 unless clip_value is given."
     )
@@ -231,7 +253,10 @@ class Audio(_Section):
 class Optimizer(_Section):
     """The optimiser and its learning rate, a pure function of the step."""
 
-    name: Literal["adamw", "adamw-8bit"] = Field("adamw", description="adamw-8bit is bitsandbytes' blockwise 8-bit.")
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "paged_lion8bit", "ademamix8bit"] = Field(
+        "adamw",
+        description="…8bit are bitsandbytes', with moments in 8 bits; paged ones give way to the host's memory.",
+    )
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="Rate after warm-up.")
     schedule: Literal["constant", "cosine", "linear", "polynomial"] = Field("constant", description="After warm-up.")
     warmup_steps: Annotated[int, Field(ge=0, le=100_000_000)] | None = Field(
@@ -301,11 +326,59 @@ class Conditioning(_Section):
 
 
 class Memory(_Section):
-    """How the model is made to fit."""
+    """How the model is made to fit. What is left open is decided by `fit`, or else is the plain way."""
 
+    fit: Literal["auto"] | Capacity | None = Field(
+        None,
+        description='"12GB": choose what is left open here so that every phase fits a card of this size; "auto": so'
+        " that it fits this one and this host.",
+    )
+    base_precision: Literal["bf16", "fp8", "int8", "int8-w8a8", "nf4"] | None = Field(
+        None,
+        description="How the frozen base weights are kept. bf16: as training.precision says, not quantised. int8 and"
+        " nf4 are made whole for each product; int8-w8a8 and fp8 multiply in 8 bits. Default: bf16.",
+    )
+    double_quant: bool | None = Field(None, description="nf4: quantise its scales too. Default: true.")
+    quantise_on: Literal["device", "host"] = Field("device", description="Where the base is quantised, layer by layer.")
+    text_encoder_precision: Literal["bf16", "int8", "nf4"] | None = Field(
+        None, description="How the text encoder's weights are kept while captions are encoded. Default: bf16."
+    )
     checkpointing: bool | Annotated[int, Field(ge=1, le=1000)] | None = Field(
         None,
         description="Gradient checkpointing: true every block, n every n-th block, false off. Default: on for GPUs.",
+    )
+    activation_budget: Capacity | None = Field(
+        None, description='"4GB": keep the activations of as many blocks as this holds, compute the others\' again.'
+    )
+    offload_activations: bool | None = Field(
+        None, description="What a block keeps for its backward pass waits in host memory. Default: false."
+    )
+    block_swap: Annotated[int, Field(ge=0, le=1000)] | None = Field(
+        None, description="So many blocks' weights live in host memory and come when they are needed. Default: 0."
+    )
+    group_offload: Literal["block_level", "leaf_level"] | None = Field(
+        None, description="All blocks' weights live in host memory: come block by block, or layer by layer."
+    )
+    blocks_per_group: Annotated[int, Field(ge=1, le=1000)] = Field(
+        1, description="block_level: so many blocks come together."
+    )
+    use_stream: bool | None = Field(
+        None, description="Copy weights beside the computation, ahead of their use. Default: true on CUDA GPUs."
+    )
+    offload_to_disk: Source | None = Field(
+        None, description="A folder: swapped or offloaded weights wait there instead of in host memory."
+    )
+    decode: Literal["whole", "tiles"] | None = Field(
+        None, description="How samples are decoded: at once, or in overlapping tiles, in far less memory."
+    )
+    decode_tile: Annotated[int, Field(ge=128, le=4096, multiple_of=32)] = Field(
+        512, description="tiles: their side in pixels."
+    )
+    decode_frames: Annotated[int, Field(ge=16, le=1024, multiple_of=8)] = Field(
+        64, description="tiles: their length in frames."
+    )
+    dry_run: bool | None = Field(
+        None, description="Before the first step try the largest bucket, and compare with the plan. Default: on GPUs."
     )
 
 
@@ -325,6 +398,9 @@ class Kernels(_Section):
     qk_norm_rope: Implementation | None = Field(None, description="Norms and rotation of queries and keys.")
     gelu: Implementation | None = Field(None, description="The feed-forward's activation.")
     lora_linear: Implementation | None = Field(None, description="Linear layers with their LoRA branch.")
+    nf4: Implementation | None = Field(None, description="Linear layers whose weights are in NF4.")
+    int8: Implementation | None = Field(None, description="Linear layers whose weights are in int8.")
+    fp8: Implementation | None = Field(None, description="Linear layers whose weights are in fp8.")
 
 
 class Cache(_Section):
@@ -426,13 +502,6 @@ class Recipe(_Section):
 NOT_YET: dict[str, str] = {
     "training.attention": "attention backends are not in this release yet; it uses PyTorch's own attention",
     "validation.attention": "attention backends are not in this release yet; it uses PyTorch's own attention",
-    "memory.fit": "fitting a plan to a card is not in this release yet",
-    "memory.base_precision": "quantised base weights are not in this release yet; training.precision is bf16 or fp32",
-    "kernels.nf4": "quantised base weights are not in this release yet",
-    "kernels.int8": "quantised base weights are not in this release yet",
-    "kernels.fp8": "quantised base weights are not in this release yet",
-    "memory.block_swap": "block swap is not in this release yet",
-    "memory.group_offload": "group offload is not in this release yet",
     "ema": "EMA is not in this release yet",
     "crepa": "CREPA is not in this release yet",
     "tread": "TREAD is not in this release yet",

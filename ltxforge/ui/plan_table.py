@@ -217,9 +217,17 @@ def _training(plan: Plan) -> list[Row]:
         ("batch size", number(training.batch_size), origin("training.batch_size", "")),
         ("accumulate", f"{training.accumulate} ({whole})", origin("training.accumulate", "")),
         _clipping(plan),
-        ("checkpointing", _every(plan.memory.checkpointing, "block"), origin("memory.checkpointing", "")),
+        ("checkpointing", _checkpointed(plan.memory.checkpointed), origin("memory.checkpointing", "")),
         ("resume", plan.resume, origin("run.resume", "")),
     ]
+
+
+def _checkpointed(blocks: tuple[int, ...]) -> str:
+    """Which blocks are computed again, as a recipe says it where it can."""
+    if len(blocks) < 2:
+        return "off" if not blocks else counted(1, "block")
+    every = blocks[1]
+    return _every(every, "block") if blocks == tuple(range(0, blocks[-1] + 1, every)) else counted(len(blocks), "block")
 
 
 def _epochs(count: float) -> str:

@@ -6,12 +6,14 @@ import pytest
 import torch
 from diffusers import LTXConditionPipeline
 
+from ltxforge.memory.strategy import run_block_of
 from ltxforge.modalities import Streams
 from ltxforge.models import ltx_video
 from ltxforge.models.base_model import ROPES_KEPT
 from ltxforge.models.interface import Noisy, NoisyTokens, PromptBatch
 from ltxforge.models.ltx_video import LTXVideo, cast
 from ltxforge.models.tiny import tiny_parts, tiny_transformer
+from ltxforge.plan import MemoryPlan, every_nth
 from ltxforge.shapes import LatentShape
 from ltxforge.specs import TINY
 
@@ -177,7 +179,7 @@ def test_checkpointing_changes_no_gradient(every, per_token):
     noisy, prompts = make_inputs(model, per_token)
     kept = gradients(model, predicted(model, noisy, prompts), noisy, prompts)
     calls = count_block_calls(model)
-    model.set_checkpointing(every)
+    model.run_block = run_block_of(MemoryPlan(every_nth(every, model.spec.blocks)), model.device)
     recomputed = gradients(model, predicted(model, noisy, prompts), noisy, prompts)
     assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
     assert calls == [2 if number % every == 0 else 1 for number in range(len(calls))]
@@ -191,7 +193,7 @@ def test_checkpointing_repeats_dropout():
     noisy, prompts = make_inputs(model)
     found = []
     for every in (0, 1):
-        model.set_checkpointing(every)
+        model.run_block = run_block_of(MemoryPlan(every_nth(every, model.spec.blocks)), model.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(11)
             found.append(gradients(model, predicted(model, noisy, prompts), noisy, prompts))

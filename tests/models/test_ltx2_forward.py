@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from ltxforge.memory.strategy import run_block_of
 from ltxforge.modalities import Streams
 from ltxforge.models import ltx2
 from ltxforge.models.ltx2 import AUDIO, BY_NAME, VIDEO, Stream, transformer_forward
 from ltxforge.models.ltx2_tiny import tiny_transformer
 from ltxforge.models.tiny import cast
+from ltxforge.plan import MemoryPlan, every_nth
 from ltxforge.shapes import LatentShape
 from ltxforge.specs_ltx2 import LTX2_TINY
 
@@ -252,7 +254,9 @@ def test_checkpointing_changes_no_gradient(setting, every):
         return hook
 
     def found(checkpoint_every):
-        output = transformer_forward(transformer, streams, checkpoint_every)
+        again = every_nth(checkpoint_every, len(transformer.transformer_blocks))
+        run_block = run_block_of(MemoryPlan(again), torch.device("cpu"))
+        output = transformer_forward(transformer, streams, run_block=run_block)
         return gradients(transformer, [each for _, each in output.items()], streams)
 
     kept = found(0)

@@ -127,7 +127,7 @@ def test_both_lengths_still_conflict() -> None:
         ("optim.lr=1", "optim"),
         ("lora.targets=['x'", "['x'"),
         ("run={ steps = 5, sede = 1 }", "sede"),
-        ("memory.block_swap=3", "block_swap"),
+        ("validation.attention=sage", "attention"),
         ("model.base.x=1", "x"),
     ],
 )

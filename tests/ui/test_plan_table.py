@@ -35,13 +35,13 @@ PROMPTS = (
     PromptPlan("fox", "A fox.", "blurry", "", ClipShape(768, 512, 121), 24.0, 37, 3.5, 4711),
     PromptPlan("cat", "A cat.", "", "/pictures/first [red]frame.png", ClipShape(512, 512, 97), 25.0, 37, 1.0, 43),
 )
-OPTIMIZER = OptimizerPlan("adamw-8bit", 1.7e-4, (0.83, 0.987), 3e-9, 0.013, "polynomial", 71, 4007, 0.1, 2.3)
+OPTIMIZER = OptimizerPlan("adamw8bit", 1.7e-4, (0.83, 0.987), 3e-9, 0.013, "polynomial", 71, 4007, 0.1, 2.3)
 # Each group of changes, and the texts that must then be read; numbers chosen so that none appears by chance.
 SHOWN = [
     ({"seed": 98765, "steps": 4321, "steps_per_epoch": 43.21}, ["98765", "4,321", "43.21", "100 epochs"]),
     (
         {"optimizer": OPTIMIZER},
-        ["adamw-8bit", "1.7e-4", "0.83, 0.987", "3e-9", "0.013", "polynomial", "71 steps", "4,007", "1.7e-5", "2.3"],
+        ["adamw8bit", "1.7e-4", "0.83, 0.987", "3e-9", "0.013", "polynomial", "71 steps", "4,007", "1.7e-5", "2.3"],
     ),
     ({"training": TrainingPlan(7, 11, None, 0.37)}, ["7", "11 (up to 77 samples a step)", "clip value", "0.37"]),
     ({"training": TrainingPlan(1, 1, None, None)}, ["clip norm", "off", "1 (up to 1 sample a step)"]),
@@ -49,7 +49,7 @@ SHOWN = [
      ["scale 6", "rsLoRA", "0.05", "re:ff.*", "fp16"]),
     ({"flow": FlowPlan("logit-normal", 3.1, False, 0.07)}, ["logit-normal", "3.1 (mu = ln 3.1)", "7 %"]),
     ({"conditioning": ConditioningPlan(0.31, 0.17, 219)}, ["31 %", "17 %", "219 tokens"]),
-    ({"memory": MemoryPlan(3)}, ["every 3 blocks"]),
+    ({"memory": MemoryPlan((0, 3, 6))}, ["every 3 blocks"]),
     ({"checkpoint": CheckpointPlan(123, 5)}, ["every 123 steps, the newest 5 stay"]),
     ({"validation": ValidationPlan(77, True, PROMPTS)}, ["every 77 steps, and before the first step", "fox", "4711",
                                                          "768x512x121", "37", "3.5", "first [red]frame.png", "24"]),
