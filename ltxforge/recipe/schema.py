@@ -138,6 +138,7 @@ Capacity = Annotated[
     AfterValidator(_check_capacity),
     Field(json_schema_extra={"pattern": r"^\s*\d{1,5}(\.\d{1,3})?\s*(GB|GiB|MB|MiB)\s*$"}),
 ]
+Optimizers = Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "paged_lion8bit", "ademamix8bit"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=100_000_000)]
 
@@ -253,7 +254,7 @@ class Audio(_Section):
 class Optimizer(_Section):
     """The optimiser and its learning rate, a pure function of the step."""
 
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "paged_lion8bit", "ademamix8bit"] = Field(
+    name: Optimizers = Field(
         "adamw",
         description="…8bit are bitsandbytes', with moments in 8 bits; paged ones give way to the host's memory.",
     )

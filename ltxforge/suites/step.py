@@ -14,14 +14,17 @@ from pydantic import Field
 
 from ltxforge.modalities import has
 from ltxforge.model_spec import ModelSpec
-from ltxforge.recipe.schema import Count, Fps, Target
+from ltxforge.recipe.schema import Count, Fps, Memory, Optimizers, Target
 from ltxforge.shapes import ClipShape
 from ltxforge.suites.case import Case, Gate, Result
 from ltxforge.suites.sizes import EXAMPLES, MODELS, Models, Size, parse_shape
 
 EAGER_PEER, COMPILED_PEER = "diffusers + PEFT", "diffusers + PEFT, compiled"
+NF4_PEER = "diffusers + PEFT + bitsandbytes"
 PEERS = (EAGER_PEER, COMPILED_PEER)
-"""Stock diffusers with PEFT's LoRA and gradient checkpointing, eager, and with its repeated blocks compiled."""
+"""Stock diffusers with PEFT's LoRA and gradient checkpointing, eager, and with its repeated blocks compiled; and over
+bitsandbytes' NF4.
+"""
 
 
 class TrainingCase(Case):
@@ -37,6 +40,15 @@ class TrainingCase(Case):
     targets: Annotated[list[Target], Field(min_length=1, max_length=256)] = Field(["attention", "feed_forward"])
     checkpointing: Annotated[int, Field(ge=0, le=1000)] = Field(1, description="0 off, n every n-th block.")
     precision: Literal["bf16", "fp32"] = "bf16"
+    base_precision: Literal["bf16", "fp8", "int8", "int8-w8a8", "nf4"] = "bf16"
+    double_quant: bool = True
+    block_swap: Annotated[int, Field(ge=0, le=1000)] = 0
+    group_offload: Literal["block_level", "leaf_level"] | None = None
+    blocks_per_group: Annotated[int, Field(ge=1, le=1000)] = 1
+    use_stream: bool | None = None
+    offload_activations: bool = False
+    compile: bool = False
+    optimizer: Optimizers = "adamw"
     kernels: Literal["triton", "compile", "eager"] | None = Field(
         None, description="How every op is carried out. Default: as the planner chooses on this machine."
     )
@@ -65,6 +77,20 @@ class TrainingCase(Case):
     def trained(self) -> str:
         """Which modalities are computed and trained."""
         return self.modalities or ("both" if self.spec.has_audio else "video")
+
+    @property
+    def memory(self) -> Memory:
+        """As a recipe's [memory] says it."""
+        return Memory(
+            base_precision=self.base_precision,
+            double_quant=self.double_quant if self.base_precision == "nf4" else None,
+            checkpointing=self.checkpointing or False,
+            block_swap=self.block_swap,
+            group_offload=self.group_offload,
+            blocks_per_group=self.blocks_per_group,
+            use_stream=self.use_stream,
+            offload_activations=self.offload_activations,
+        )
 
     def settings(self) -> dict[str, Any]:
         """With the model's defaults."""
