@@ -161,7 +161,7 @@ def _refused(key: Key, errors: list[dict[str, Any]]) -> Fault:
     if table_at(key) is not None:
         return _no_table(key, value)
     annotation, limits = _annotation(item, key)
-    chosen = next((error for error in errors if not _is_type_error(error, value)), None)
+    chosen = _telling(errors, value, annotation)
     if chosen is None:
         what = f"{short(key)} must be {expected(annotation, limits)}, not {kind_of(value)}"
         return Fault(key, what, _retyped(short(key), value, annotation, item))
@@ -184,6 +184,17 @@ def _annotation(item: FieldInfo, key: Key) -> tuple[Any, list[Any]]:
         kind = next(kind for kind, _ in branches(item.annotation) if get_origin(kind) is list)
         return get_args(kind)[0], []
     return item.annotation, item.metadata
+
+
+def _telling(errors: list[dict[str, Any]], value: Any, annotation: Any) -> dict[str, Any] | None:
+    """The error that says most, where a key takes several kinds of value: not one about a kind that was never meant.
+
+    A text that is unlike any word which the key takes was meant as what its check takes.
+    """
+    found = [error for error in errors if not _is_type_error(error, value)]
+    if found and found[0]["type"] == "literal_error" and not nearest(value, _literals(annotation)):
+        found.sort(key=lambda error: error["type"] != "value_error")
+    return found[0] if found else None
 
 
 def _is_type_error(error: dict[str, Any], value: Any) -> bool:

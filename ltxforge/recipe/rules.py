@@ -1,7 +1,7 @@
 """Rules between keys, and warnings: what no single key can know. Each rule is one small function.
 
 Rules judge the text alone: no files, no weights. What is legal within one key stands in `schema.py`; what depends on
-the model's family, in `model_rules.py`.
+the model's family, in `model_rules.py`; what [memory] asks for, in `memory_rules.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from ltxforge.moments import MOMENTS
+from ltxforge.recipe import memory_rules  # noqa: F401  its rules join RULES
 from ltxforge.recipe.faults import Fault, Key, dotted
 from ltxforge.recipe.model_rules import family_named, spec_named
 from ltxforge.recipe.rulebook import RULES, key_of, rule, warning
@@ -59,6 +61,13 @@ def _end_of_decay(recipe: Recipe) -> Iterator[Fault]:
     if "end_fraction" in recipe.optimizer.model_fields_set and recipe.optimizer.schedule == "constant":
         what = 'end_fraction means nothing to the schedule "constant"'
         yield warning(key_of("optimizer.end_fraction"), what, "the rate never falls")
+
+
+@rule("optimizer.name", "optimizer.epsilon")
+def _epsilon_is_read(recipe: Recipe) -> Iterator[Fault]:
+    name = recipe.optimizer.name
+    if "epsilon" in recipe.optimizer.model_fields_set and not MOMENTS[name].has_epsilon:
+        yield warning(key_of("optimizer.epsilon"), f'epsilon means nothing to "{name}"', "Lion divides by nothing")
 
 
 @rule("run.steps", "checkpoint.every")
@@ -166,16 +175,20 @@ def _samples(item: Dataset) -> str:
     return item.model_dump_json(exclude={"id", "repeats", "enabled"})
 
 
-@rule("run.directory", "cache.directory", "dataset.*.path")
+@rule("run.directory", "cache.directory", "memory.offload_to_disk", "dataset.*.path")
 def _folders_apart(recipe: Recipe) -> Iterator[Fault]:
     taken = [(("dataset", place, "path"), item.path) for place, item in enumerate(recipe.dataset)]
-    ours = [(key_of("run.directory"), recipe.run.directory), (key_of("cache.directory"), recipe.cache.directory)]
+    ours = [
+        (key_of("run.directory"), recipe.run.directory),
+        (key_of("cache.directory"), recipe.cache.directory),
+        (key_of("memory.offload_to_disk"), recipe.memory.offload_to_disk),
+    ]
     for key, folder in ours:
         if folder is None:
             continue
         for other, path in taken:
             if _folder(folder) == _folder(path):
-                what = f"directory = {toml(folder)} is also {dotted(other)}"
+                what = f"{key[-1]} = {toml(folder)} is also {dotted(other)}"
                 yield Fault(key, what, "each needs a folder of its own; clips are never written to", other=other)
                 break
         taken.append((key, folder))

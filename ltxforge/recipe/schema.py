@@ -268,10 +268,10 @@ class Optimizer(_Section):
     )
     end_fraction: Share = Field(0.0, description="The decaying schedules end at this share of learning_rate.")
     power: Annotated[float, Field(gt=0, le=10)] = Field(2.0, description="Exponent of the polynomial schedule.")
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
-        [0.9, 0.999], description="Decay of the first and second moment."
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="Decay of the first and second moment; default 0.9 and 0.999, Lion's 0.9 and 0.99."
     )
-    epsilon: Annotated[float, Field(gt=0, le=1)] = Field(1e-8, description="Added to the denominator.")
+    epsilon: Annotated[float, Field(gt=0, le=1)] = Field(1e-8, description="Added to the denominator. Lion has none.")
     weight_decay: Annotated[float, Field(ge=0, le=10)] = Field(0.0, description="Decoupled weight decay.")
 
 

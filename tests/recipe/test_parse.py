@@ -41,7 +41,7 @@ def test_the_rich_recipes_are_right_and_say_most_keys() -> None:
     """What the other tests spoil must be whole before."""
     said = {key for path in (RICH, RICH_LTX2) for key in load(path).said}
     assert not [warning for path in (RICH, RICH_LTX2) for warning in load(path).warnings]
-    for section in ("model", "training", "audio", "lora", "conditioning", "cache", "validation"):
+    for section in ("model", "training", "audio", "lora", "conditioning", "memory", "cache", "validation"):
         keys = Recipe.model_fields[section].annotation.model_fields
         assert {f"{section}.{key}" for key in keys} - said <= {"training.clip_norm", "validation.prompt"}
 
