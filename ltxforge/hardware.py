@@ -17,11 +17,21 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from ltxforge_kernels.choice import Machine
 
 from ltxforge import __version__
+from ltxforge.host_memory import free_host_bytes, host_bytes, locked_limit_bytes
+
+__all__ = [
+    "Hardware", "Moment", "assumed", "detect", "free_disk_bytes", "free_host_bytes", "is_out_of_memory", "moment",
+    "peak_bytes", "reserved_peak_bytes", "reset_peak", "reset_resident_peak", "resident_peak_bytes",
+    "seconds_between", "synchronize", "torch_device", "torch_dtype",
+]  # fmt: skip
+
+# NVIDIA's first compute capability with tensor cores for each format: Volta, Turing, Ampere, Ada.
+FP16_FROM, INT8_FROM, BF16_FROM, FP8_FROM = (7, 0), (7, 5), (8, 0), (8, 9)
+FP8_GFX = frozenset({"gfx942", "gfx950"})
 
 # Who ships a module `triton`: the project, PyTorch for AMD's GPUs, and a port to Windows.
 TRITON_PACKAGES = ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton", "triton-windows")
@@ -32,6 +42,11 @@ class Hardware:
     """One device. `kind` is cuda, rocm, mps or cpu; capability is (major, minor) on cuda and (0, 0) elsewhere.
 
     `gfx` names an AMD chip ("gfx942"); `triton` and what follows it are as in `ltxforge_kernels.choice.Machine`.
+
+    `memory_bytes` and `free_bytes` are the device's own memory, 0 where it has none; `host_bytes` and
+    `host_free_bytes` the host's, a container's bound considered. `pins` says whether the host's memory can be pinned
+    for the device's copies, `locked_limit_bytes` is what `ulimit -l` says, None for no limit. `is_assumed`: this
+    machine is described and not here.
     """
 
     kind: str
@@ -48,6 +63,38 @@ class Hardware:
     interpreted: bool = False
     triton_lacks: str = ""
     compile_lacks: str = ""
+    free_bytes: int = 0
+    host_bytes: int = 0
+    host_free_bytes: int = 0
+    pins: bool = False
+    locked_limit_bytes: int | None = None
+    is_assumed: bool = False
+
+    @property
+    def has_own_memory(self) -> bool:
+        """Whether the device's memory is not the host's."""
+        return self.kind in ("cuda", "rocm")
+
+    @property
+    def budget_bytes(self) -> int:
+        """What a run may fill: the device's memory, or the host's where the device has none of its own."""
+        return self.memory_bytes if self.has_own_memory else self.host_bytes
+
+    @property
+    def has_fp16(self) -> bool:
+        """Whether there are units for fp16; the CPU and the oldest cards compute it by way of float32."""
+        return self.kind in ("rocm", "mps") or (self.kind == "cuda" and self.capability >= FP16_FROM)
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether matrices are multiplied in fp8: Ada and later; AMD's CDNA 3 and 4."""
+        return self.gfx in FP8_GFX if self.kind == "rocm" else self.kind == "cuda" and self.capability >= FP8_FROM
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether matrices are multiplied in int8 by tensor cores: Turing and later; AMD's CDNA."""
+        is_cdna = self.gfx.startswith("gfx9")
+        return is_cdna if self.kind == "rocm" else self.kind == "cuda" and self.capability >= INT8_FROM
 
     @property
     def machine(self) -> Machine:
@@ -88,14 +135,19 @@ def resident_peak_bytes() -> int:
     return 0
 
 
-def free_host_bytes() -> int:
-    """How much memory the host can still give without swapping."""
-    return psutil.virtual_memory().available
+def free_disk_bytes(path: Path) -> int:
+    """What is free where a file or folder is, or would be made; 0 where that cannot be told."""
+    there = next((each for each in (path, *path.parents) if each.exists()), None)
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(there).free if there else 0
+    return 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host, had too little memory: CUDA has an error of its own, the CPU only a message."""
-    told = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    """Whether a device, or the host, had too little memory: CUDA has an error of its own, others only a message."""
+    told = (
+        "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "MPS backend out of memory",
+    )  # fmt: skip
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in told)
 
 
@@ -142,9 +194,35 @@ def detect() -> Hardware:
     return Hardware(
         kind=kind, name=name, capability=capability, memory_bytes=memory, has_bf16=has_bf16,
         threads=torch.get_num_threads(), versions=_versions(triton if kind in ("cuda", "rocm") else None),
-        missing=_missing(kind), packages=_packages(), gfx=_gfx() if kind == "rocm" else "", triton=triton,
+        missing=_missing(kind, capability), packages=_packages(), gfx=_gfx() if kind == "rocm" else "", triton=triton,
         interpreted=_interpreted(), triton_lacks=_triton_lacks(), compile_lacks=_compile_lacks(),
+        free_bytes=torch.cuda.mem_get_info(0)[0] if kind in ("cuda", "rocm") else 0, host_bytes=host_bytes(),
+        host_free_bytes=free_host_bytes(), pins=kind in ("cuda", "rocm") and _pins(),
+        locked_limit_bytes=locked_limit_bytes(),
     )  # fmt: skip
+
+
+def assumed(name: str, capability: tuple[int, int], memory_bytes: int, host: int) -> Hardware:
+    """An NVIDIA card that is not here, with nothing else on it: our kernels' Triton and bitsandbytes are taken as
+    installed, versions as they are here.
+
+    Args:
+        memory_bytes, host: the card's memory, and the host's beside it.
+    """
+    return Hardware(
+        kind="cuda", name=name, capability=capability, memory_bytes=memory_bytes, has_bf16=capability >= BF16_FROM,
+        threads=torch.get_num_threads(), versions=_versions(None), missing=_missing("cuda", capability),
+        packages=_packages() | {"bitsandbytes", "triton"}, triton=_triton() or "assumed", free_bytes=memory_bytes,
+        host_bytes=host, host_free_bytes=host, pins=True, is_assumed=True,
+    )  # fmt: skip
+
+
+def _pins() -> bool:
+    """Whether the host's memory can be pinned, found out by pinning a page."""
+    try:
+        return torch.empty(4096, dtype=torch.uint8, pin_memory=True).is_pinned()
+    except RuntimeError:
+        return False
 
 
 def _device() -> tuple[str, str, tuple[int, int], int, bool]:
@@ -209,9 +287,14 @@ def _versions(triton: str | None) -> dict[str, str]:
     }
 
 
-def _missing(kind: str) -> tuple[str, ...]:
+def _missing(kind: str, capability: tuple[int, int]) -> tuple[str, ...]:
     """What this device or installation lacks, one line each, for the plan."""
     lines = []
+    if kind == "cuda" and capability < BF16_FROM:
+        lines.append(
+            'no bf16 units: computes in fp32. training.precision = "fp16" takes half the memory and is faster, but weights'
+            " that were trained in bf16 may leave its range; a step that does is refused before it changes anything"
+        )
     if kind == "cpu":
         lines.append("no GPU: computes on the CPU, which is only meant for tiny models and tests")
     if kind == "mps":
