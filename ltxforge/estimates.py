@@ -6,9 +6,10 @@ said to be. Pure and torch-free; decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from ltxforge.modalities import MODALITIES, Streams, has
+from ltxforge.moments import saved_bytes
 from ltxforge.plan import ComponentPlan, Estimates, Plan
 from ltxforge.specs import ModelSpec
 
@@ -17,8 +18,8 @@ LETTERS_PER_TOKEN = 4
 """Of English text, about; a beginning and an end come on top."""
 
 
-def estimate(plan: Plan, spec: ModelSpec, parameters: int) -> Estimates:
-    """All estimates of a plan. `parameters` are the adapter's trained numbers: float32, with two moments each."""
+def estimate(plan: Plan, spec: ModelSpec, sizes: Sequence[int]) -> Estimates:
+    """All estimates of a plan. `sizes` are how many numbers each of the adapter's tensors has, trained in float32."""
     captions = {"", *(sample.caption for sample in plan.data.samples)}
     prompts = {prompt.prompt for prompt in plan.validation.prompts}
     prompts |= {prompt.negative_prompt for prompt in plan.validation.prompts if prompt.guided}
@@ -26,12 +27,12 @@ def estimate(plan: Plan, spec: ModelSpec, parameters: int) -> Estimates:
     each = caption_bytes(*shared, plan.training.modalities, captions)
     of_prompt = caption_bytes(*shared, "both", prompts)  # samples have sound, whatever is trained
     kept = plan.cache.text
-    lora_bytes = parameters * BYTES[plan.lora.save_precision]
+    lora_bytes = sum(sizes) * BYTES[plan.lora.save_precision]
     return Estimates(
         cache_bytes=latents_bytes(plan) + each[kept] * len(captions) + of_prompt[kept] * len(prompts),
         caption_bytes=each[kept],
         text_bytes=each if spec.connectors_config else {},
-        checkpoint_bytes=parameters * (4 + (2 if plan.optimizer.name == "adamw8bit" else 8)) + lora_bytes,
+        checkpoint_bytes=sum(sizes) * 4 + saved_bytes(plan.optimizer.name, sizes) + lora_bytes,
         lora_bytes=lora_bytes,
         download_bytes=download_bytes(plan.model.components),
     )

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from ltxforge.lora.init_from import LoraFile
 from ltxforge.lora.layers import modality_of
 from ltxforge.lora.targets import Match
+from ltxforge.moments import LEAST_PAGED, MOMENTS, paged_bytes
 from ltxforge.plan import Plan, learning_rate_at
 from ltxforge.specs import ModelSpec
 
@@ -21,6 +22,8 @@ ALONE = {
     "audio": "the sound is computed alone, as the model does with its modalities isolated: that is not the sound which"
     " the joint model makes, and samples are made by the joint model",
 }
+
+PAGING_DEVICES = ("cuda", "rocm")
 
 
 def notes_on(
@@ -48,6 +51,7 @@ def notes_on(
         notes += _on_sound(plan, matched)
         if stg_is_said and not spec.skips_attention:
             notes.append(f"{spec.version} has no attention that STG could skip; validation.stg is left out")
+    notes += _on_optimizer(plan, matched)
     return (*notes, *_on_batches(plan), *_on_guidance(plan, spec), *_on_schedule(plan))
 
 
@@ -103,6 +107,25 @@ def _on_guidance(plan: Plan, spec: ModelSpec) -> Iterator[str]:
         yield "distilled weights are made for guidance 1; higher values give burnt pictures"
     if any(prompt.stg > 0 or prompt.modality_guidance != 1 for prompt in prompts):
         yield "distilled weights are made without STG and modality guidance; with them samples are slower and burnt"
+
+
+def _on_optimizer(plan: Plan, matched: Match) -> Iterator[str]:
+    """A paged optimiser that has nothing to page, and Lion over a base where it is known to collapse."""
+    name = plan.optimizer.name
+    if MOMENTS[name].paged:
+        sizes = matched.tensor_sizes(plan.lora.rank)
+        if plan.device.kind not in PAGING_DEVICES:
+            yield f"{name}: only GPUs of NVIDIA and AMD have pages; here it is {name.removeprefix('paged_')}"
+        elif not paged_bytes(name, sizes):
+            yield (
+                f"{name} pages no tensor of fewer than {LEAST_PAGED:,} numbers, and the largest of this adapter has"
+                f" {max(sizes):,}: nothing moves to the host"
+            )
+    if name.endswith("lion8bit") and plan.memory.base_precision == "nf4":
+        yield (
+            f"{name} over an nf4 base: the field reports that training collapses; AdamW in 8 bits does not, and"
+            " training.clip_norm = 0.01 is the field's advice for nf4"
+        )
 
 
 def _on_schedule(plan: Plan) -> Iterator[str]:

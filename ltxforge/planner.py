@@ -21,6 +21,7 @@ from ltxforge.kernel_choices import asked_for, choose_kernels, used_ops
 from ltxforge.lora.init_from import LoraFile, require_trainable
 from ltxforge.lora.targets import match
 from ltxforge.modalities import has
+from ltxforge.moments import MOMENTS
 from ltxforge.plan import (
     AudioPlan,
     BucketPlan,
@@ -121,7 +122,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         require_trainable(facts.lora_file, plan.lora, matched, spec, modalities)
     return replace(
         plan,
-        estimates=estimate(plan, spec, matched.parameters(plan.lora.rank)),
+        estimates=estimate(plan, spec, matched.tensor_sizes(plan.lora.rank)),
         notes=(
             *facts.warnings,
             *facts.hardware.missing,
@@ -286,7 +287,7 @@ def _optimizer(recipe: Recipe, hardware: Hardware, steps: int, previous: Plan | 
     """The schedule's length is fixed when the run is first planned, unless the recipe says it: `steps` may be raised
     later without changing the rate of a step that is planned already.
     """
-    optimizer = recipe.optimizer
+    optimizer, moments = recipe.optimizer, MOMENTS[recipe.optimizer.name]
     if optimizer.name != "adamw" and "bitsandbytes" not in hardware.packages:
         raise PlanError(
             f'optimizer.name = "{optimizer.name}" needs the package bitsandbytes, which is not installed',
@@ -313,7 +314,8 @@ def _optimizer(recipe: Recipe, hardware: Hardware, steps: int, previous: Plan | 
         )
     return OptimizerPlan(
         name=optimizer.name, learning_rate=optimizer.learning_rate,
-        betas=(optimizer.betas[0], optimizer.betas[1]), epsilon=optimizer.epsilon,
+        betas=tuple(optimizer.betas or moments.betas),  # type: ignore[arg-type]
+        epsilon=optimizer.epsilon if moments.has_epsilon else 0.0,
         weight_decay=optimizer.weight_decay, schedule=optimizer.schedule, warmup_steps=warmup,
         decay_steps=decay_steps, end_fraction=optimizer.end_fraction, power=optimizer.power,
     )  # fmt: skip

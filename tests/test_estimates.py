@@ -79,19 +79,19 @@ def test_the_cache_holds_latents_captions_and_validation_prompts(plan_maker):
     prompt = PromptPlan("a", "seen", "worst", "", ClipShape(64, 64, 9), 24.0, 8, 3.0, 1, audio_guidance=7.0)
     unguided = dataclasses.replace(prompt, guidance=1.0, audio_guidance=1.0, prompt="heard", negative_prompt="never")
     plan = ltx2_plan(plan_maker, validation=ValidationPlan(0, False, (prompt, unguided)))
-    found = estimate(plan, TINY["tiny/ltx2"], 1000)
+    found = estimate(plan, TINY["tiny/ltx2"], [1000])
     caption = plan.conditioning.prompt_tokens * (64 + 64) * 4
     texts = 6 + 1  # the empty one
     assert found.caption_bytes == found.text_bytes["connectors"] == caption
     assert found.cache_bytes == 4 * 1000 + 2 * 2000 + 2 * 7 + texts * caption + 3 * caption
     alone = dataclasses.replace(plan, training=TrainingPlan(2, 2, 1.0, None, "video"))
-    assert estimate(alone, TINY["tiny/ltx2"], 1).caption_bytes == caption / 2, "samples are joint, captions are not"
+    assert estimate(alone, TINY["tiny/ltx2"], [1]).caption_bytes == caption / 2, "samples are joint, captions are not"
 
 
 def test_features_are_chosen_by_the_cache(plan_maker):
     plan = ltx2_plan(plan_maker)
     features = dataclasses.replace(plan, cache=CachePlan("x", "mean", "features"))
-    found, usual = (estimate(each, TINY["tiny/ltx2"], 1) for each in (features, plan))
+    found, usual = (estimate(each, TINY["tiny/ltx2"], [1]) for each in (features, plan))
     assert found.text_bytes == usual.text_bytes and found.caption_bytes == found.text_bytes["features"]
     assert found.cache_bytes < usual.cache_bytes
     lengths = [rough_tokens(text, 32) for text in ("", *(s.caption for s in plan.data.samples))]
@@ -101,12 +101,12 @@ def test_features_are_chosen_by_the_cache(plan_maker):
 def test_half_the_precision_is_half_the_text(plan_maker):
     plan = ltx2_plan(plan_maker)
     half = dataclasses.replace(plan, device=DevicePlan("bf16", "bf16", "cuda", "x", "statistical", "x"))
-    found, usual = (estimate(each, TINY["tiny/ltx2"], 1) for each in (half, plan))
+    found, usual = (estimate(each, TINY["tiny/ltx2"], [1]) for each in (half, plan))
     assert found.caption_bytes * 2 == usual.caption_bytes
 
 
 def test_ltx_video_has_one_way_to_keep_a_caption(plan_maker):
     plan = plan_maker()
-    found = estimate(plan, TINY["tiny/ltx-video"], 500)
+    found = estimate(plan, TINY["tiny/ltx-video"], [200, 300])
     assert found.text_bytes == {} and found.caption_bytes == 32 * 64 * 4
-    assert found.checkpoint_bytes == 500 * (4 + 8) + 500 * 4 and math.isclose(found.lora_bytes, 2000)
+    assert found.checkpoint_bytes == 500 * (4 + 8) + 2 * 4 + 500 * 4 and math.isclose(found.lora_bytes, 2000)

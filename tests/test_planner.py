@@ -268,6 +268,38 @@ def test_8bit_adamw_without_its_package_is_refused_before_anything_loads():
         plan_for(text)
 
 
+BITSANDBYTES = frozenset({"bitsandbytes"})
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "betas", "epsilon"),
+    [
+        ("adamw8bit", "", (0.9, 0.999), 1e-8),
+        ("lion8bit", "", (0.9, 0.99), 0),
+        ("paged_lion8bit", "betas = [0.95, 0.98]", (0.95, 0.98), 0),
+        ("ademamix8bit", "epsilon = 1e-6", (0.9, 0.999), 1e-6),
+    ],
+)
+def test_an_optimiser_s_own_defaults(name, said, betas, epsilon):
+    text = f'{MINIMAL}[optimizer]\nname = "{name}"\n{said}\n'
+    plan = plan_for(text, hardware=dataclasses.replace(CPU, packages=BITSANDBYTES))
+    assert (plan.optimizer.betas, plan.optimizer.epsilon) == (betas, epsilon)
+
+
+def test_a_paged_optimiser_says_where_it_pages_nothing():
+    """On a CPU, and on a GPU where every tensor is small: rank 32 of this model's 64 columns."""
+    text = MINIMAL + '[optimizer]\nname = "paged_adamw8bit"\n'
+    (on_cpu,) = (
+        n for n in plan_for(text, hardware=dataclasses.replace(CPU, packages=BITSANDBYTES)).notes if "pag" in n
+    )
+    assert "here it is adamw8bit" in on_cpu
+    gpu = dataclasses.replace(GPU, packages=BITSANDBYTES)
+    (small,) = (note for note in plan_for(text, hardware=gpu).notes if "paged" in note)
+    assert "nothing moves to the host" in small
+    large = plan_for(text + "[lora]\nrank = 1024\ntargets = ['proj_in', 'all']\n", hardware=gpu)
+    assert not [note for note in large.notes if "paged" in note]
+
+
 def test_dropout_with_recomputation_is_not_possible_on_apple_gpus():
     apple = dataclasses.replace(GPU, kind="mps", capability=(0, 0))
     text = MINIMAL + "[lora]\ndropout = 0.1\n"
@@ -296,7 +328,8 @@ def test_estimates_follow_from_the_sizes():
     width = TINY["tiny/ltx-video"].width
     parameters = 32 * 2 * width * 8 * TINY["tiny/ltx-video"].blocks  # eight square projections per block
     assert plan.estimates.lora_bytes == parameters * 2
-    assert plan.estimates.checkpoint_bytes == parameters * (4 + 8) + parameters * 2
+    steps = 4 * 16 * TINY["tiny/ltx-video"].blocks  # torch counts each tensor's
+    assert plan.estimates.checkpoint_bytes == parameters * (4 + 8) + steps + parameters * 2
     latents = 6 * 2 * 2 * 2 * TINY["tiny/ltx-video"].latent_channels * 4
     assert plan.estimates.cache_bytes > latents
 

@@ -42,7 +42,11 @@ class Match:
 
     def parameters(self, rank: int) -> int:
         """Trainable numbers of a LoRA of this rank: R · (in + out) per layer."""
-        return sum(rank * (inner + outer) for inner, outer in self.layers.values())
+        return sum(self.tensor_sizes(rank))
+
+    def tensor_sizes(self, rank: int) -> tuple[int, ...]:
+        """How many numbers A [R, in] and B [out, R] of each layer have."""
+        return tuple(rank * width for layer in self.layers.values() for width in layer)
 
 
 def match(targets: Sequence[str], spec: ModelSpec, modalities: str = "video", computed: str = "video") -> Match:

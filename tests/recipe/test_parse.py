@@ -61,6 +61,13 @@ def test_a_parsed_file_knows_its_path_and_text() -> None:
     assert parsed.recipe == Recipe.model_validate(tomli.loads(parsed.text))
 
 
+def test_a_lion_s_epsilon_is_told_to_be_read_by_nobody() -> None:
+    overrides = ["optimizer.name=paged_lion8bit", "optimizer.epsilon=1e-6"]
+    (warning,) = load(SHIPPED[0], overrides).warnings
+    assert 'epsilon means nothing to "paged_lion8bit"' in warning
+    assert not load(SHIPPED[0], ["optimizer.name=ademamix8bit", "optimizer.epsilon=1e-6"]).warnings
+
+
 def test_warnings_are_located_lines() -> None:
     (warning,) = load(SHIPPED[0], ["optimizer.schedule=polynomial", "checkpoint.every=99999"]).warnings
     assert warning.startswith("--set checkpoint.every=99999  every = 99999: a run of ")
