@@ -88,6 +88,25 @@ def test_other_ways_to_train_with_sound_are_stopped_and_resumed(sets, work):
     require_same_bits_when_stopped(work, *sets)
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("ltx-video", "ademamix8bit"),
+        *(
+            pytest.param(family, name, marks=pytest.mark.sweep)
+            for family in ("ltx-video", "ltx2")
+            for name in ("adamw8bit", "paged_adamw8bit", "lion8bit", "paged_lion8bit", "ademamix8bit")
+            if (family, name) != ("ltx-video", "ademamix8bit")
+        ),
+    ],
+)
+def test_moments_in_8_bits_are_stopped_and_resumed(name, work):
+    """At rank 64 each tensor of the small models has the 4096 numbers from which on moments are in 8 bits."""
+    outcome = require_same_bits_when_stopped(work, f"optimizer.name={name}", "lora.rank=64")
+    moments = [value[0] for key, value in outcome.items() if key.startswith("optimizer ") and "/state" in key]
+    assert moments and set(moments) == {"U8"}
+
+
 def require_same_bits_when_stopped(work, *sets):
     """Five steps with a stop and a new process between them are those of a run without; gives what they came to."""
     sets = (*sets, "run.steps=5", "validation.every=0")
