@@ -9,6 +9,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+# What the names of a transformer's blocks begin with, in diffusers and in Lightricks' checkpoints.
+BLOCKS = "transformer_blocks."
+
 
 @dataclass(frozen=True)
 class Licence:

@@ -1,6 +1,6 @@
 """The precision of references (float32, or float64 where that comes in) and how much of it quantisation leaves.
 
-A reference is then also the truth in float64. The floors say from where on a layer stays in bf16.
+A reference is then also the truth in float64. The floors (`floors.py`) say from where on a layer stays in bf16.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-# dB that each number format must leave of Gaussian data; a layer below its floor is not quantised.
-FLOORS = {"w8a8": 35.0, "fp8": 27.0, "nf4": 20.0}
+from ltxforge_kernels.floors import FLOORS
+
+__all__ = ["FLOORS", "at_least_float32", "sqnr"]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ltxforge.lora.linear import LoraLinear
 from ltxforge.lora.targets import Match
 from ltxforge.plan import LoraPlan
+from ltxforge.quant.linear import QuantisedLinear
 from ltxforge.randomness import address
 
 ADAPTER = "default"
@@ -37,8 +38,20 @@ class LoraReport:
     unread: dict[str, str]
 
 
-def inject(transformer: nn.Module, plan: LoraPlan, matched: Match, seed: int, kernels: Kernels = EAGER) -> LoraReport:
-    """Freeze every parameter, wrap the matched layers, initialise A and B in float32 (B = 0)."""
+def inject(
+    transformer: nn.Module,
+    plan: LoraPlan,
+    matched: Match,
+    seed: int,
+    kernels: Kernels = EAGER,
+    device: torch.device | None = None,
+) -> LoraReport:
+    """Freeze every parameter, wrap the matched layers, initialise A and B in float32 (B = 0).
+
+    Args:
+        kernels: with what the wrapped layers and all quantised ones compute from now on.
+        device: of A and B; by default where each base layer's weight is, which then must be there.
+    """
     transformer.requires_grad_(False)
     config = LoraConfig(
         r=plan.rank,
@@ -48,14 +61,18 @@ def inject(transformer: nn.Module, plan: LoraPlan, matched: Match, seed: int, ke
         target_modules="|".join(map(re.escape, matched.layers)),
         init_lora_weights=False,
     )
-    config._register_custom_module({nn.Linear: LoraLinear})
-    with torch.random.fork_rng(devices=[]):  # PEFT's own first draw is replaced below
-        inject_adapter_in_model(config, transformer, adapter_name=ADAPTER)
+    config._register_custom_module({nn.Linear: LoraLinear, QuantisedLinear: LoraLinear})
+    # PEFT's own first draw is replaced below, so that it makes A and B on "meta".
+    with torch.random.fork_rng(devices=[]), _weights_to_look_at(transformer, matched):
+        inject_adapter_in_model(config, transformer, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     wrapped = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLinear)}
     assert wrapped.keys() == matched.layers.keys(), "PEFT wrapped other layers than the plan matched"
     for name, module in wrapped.items():
-        _initialise(module, name, seed)
+        _initialise(module, name, seed, device or _device_of(module.base_layer))
         module.compute_with(kernels)
+    for module in transformer.modules():
+        if isinstance(module, QuantisedLinear):
+            module.kernels = kernels
     parameters = sum(parameter.numel() for parameter in adapter_parameters(transformer).values())
     return LoraReport(
         layers=len(wrapped),
@@ -66,9 +83,30 @@ def inject(transformer: nn.Module, plan: LoraPlan, matched: Match, seed: int, ke
     )
 
 
-def _initialise(module: LoraLinear, name: str, seed: int) -> None:
+@contextmanager
+def _weights_to_look_at(transformer: nn.Module, matched: Match) -> Iterator[None]:
+    """A stand-in where a layer has no weight, being quantised, or none here: PEFT asks each for its device."""
+    layers = [transformer.get_submodule(name) for name in matched.layers]
+    without = [layer for layer in layers if getattr(layer, "weight", None) is None]
+    for layer in without:
+        layer.register_parameter("weight", nn.Parameter(torch.empty(0, device="meta"), requires_grad=False))
+    try:
+        yield
+    finally:
+        for layer in without:
+            if isinstance(layer, QuantisedLinear):
+                del layer.weight
+            else:
+                layer.weight = None
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    weight = next(iter(layer.stored.values())) if isinstance(layer, QuantisedLinear) else layer.weight
+    return weight.device
+
+
+def _initialise(module: LoraLinear, name: str, seed: int, device: torch.device) -> None:
     """Kaiming-uniform A with gain for a = √5 and B = 0, as in the LoRA paper's code and PEFT."""
-    device = module.base_layer.weight.device
     bound = 1 / math.sqrt(module.in_features)
     generator = torch.Generator().manual_seed(address(seed, f"lora-init/{name}"))
     a, b = module.lora_A[ADAPTER], module.lora_B[ADAPTER]

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ltxforge.model_spec import BLOCKS
 from ltxforge.specs import ModelSpec
 
 Sizes = dict[str, tuple[int, int]]
 """A layer's name → (in_features, out_features)."""
 
-BLOCKS = "transformer_blocks."
 SINUSOIDS = 256  # how many numbers a timestep is embedded into
 # diffusers' names → Lightricks', for layers outside the blocks, of all families. Inside the blocks they are the same.
 ORIGINAL_NAMES = {

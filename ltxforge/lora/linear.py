@@ -1,7 +1,8 @@
 """A linear layer with a LoRA branch: y = W·x + b + s·B·(A·dropout(x)). (LoRA: arXiv 2106.09685.)
 
-PEFT owns A, B, their names, the scale s, on and off; how the product is computed is the op `lora_linear`. A and B are
-float32 masters, cast to the activations' dtype at use, so that small updates are not lost in bf16.
+PEFT owns A, B, their names, the scale s, on and off; how the product is computed is the op `lora_linear`, or the
+quantised base layer's own. A and B are float32 masters, cast to the activations' dtype at use, so that small updates
+are not lost in bf16.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from ltxforge_kernels.choice import EAGER, Kernels
+from ltxforge_kernels.gelu import gelu
 from ltxforge_kernels.lora_linear import augment, draw_kept, lora_linear, refresh
 from peft.tuners import lora
 from torch import Tensor, nn
+
+from ltxforge.quant.linear import QuantisedLinear
 
 
 class LoraLinear(lora.Linear):
@@ -22,7 +25,8 @@ class LoraLinear(lora.Linear):
 
     `augmented` [N, K + tail] holds W with a rounded copy of B behind it, where our kernels compute a 16-bit layer: then
     the weight is a view of it, so that both are one matrix product. Derived: never saved, and as new as B at each use;
-    a compiled forward leaves that to `refresh`.
+    a compiled forward leaves that to `refresh`. There is none over a base layer that is quantised, or whose weight
+    waits elsewhere while this is made, because then it is not W that is stored here.
     """
 
     kernels: Kernels = EAGER
@@ -32,8 +36,11 @@ class LoraLinear(lora.Linear):
     def compute_with(self, kernels: Kernels) -> None:
         """Take the run's choice, and store W as that wants it. Once, before the layer is first used."""
         self.kernels = kernels
+        if isinstance(self.base_layer, QuantisedLinear):
+            return
         weight, (b,) = self.base_layer.weight, [each.weight for each in self.lora_B.values()]
-        if kernels.of("lora_linear") == "triton" and weight.dtype in (torch.bfloat16, torch.float16):
+        resident = weight is not None and weight.dtype in (torch.bfloat16, torch.float16)
+        if resident and kernels.of("lora_linear") == "triton":
             self._store(augment(weight, b.shape[1]))
 
     def forward(self, x: Tensor, *_args: Any, activation: str = "none", **_kwargs: Any) -> Tensor:
@@ -43,17 +50,22 @@ class LoraLinear(lora.Linear):
             activation: "gelu" where x is what goes into a GELU (tanh) whose result is this layer's input.
         """
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+        base, quantised = self.base_layer, isinstance(self.base_layer, QuantisedLinear)
+        if activation == "gelu" and (quantised or not active):
+            x, activation = gelu(x, implementation=self.kernels.on("gelu", x.shape)), "none"
         if not active:
-            return self.base_layer(F.gelu(x, approximate="tanh") if activation == "gelu" else x)
+            return base(x)
         (adapter,) = active
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        kept, keep = self._kept(x, adapter)
+        if quantised:
+            return base.with_lora(x, a, b, self.scaling[adapter], kept, keep)
         if not torch.compiler.is_compiling():  # which asks `refresh` before
             self.refresh()
-        kept, keep = self._kept(x, adapter)
         return lora_linear(
             x,
-            self.base_layer.weight,
-            self.base_layer.bias,
+            base.weight,
+            base.bias,
             a,
             b,
             self.scaling[adapter],
@@ -85,6 +97,10 @@ class LoraLinear(lora.Linear):
     def merge(self, *_args: Any, **_kwargs: Any) -> None:
         """Never: W stays what it was, and a merged branch would count twice."""
         raise NotImplementedError("LoraLinear is not merged; export the LoRA and merge it with PEFT")
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        """PEFT's own knows no class but its own few."""
+        return module.in_features, module.out_features
 
     def _store(self, augmented: Tensor) -> None:
         self.augmented, self._copied = augmented, None

@@ -29,7 +29,9 @@ if HAS_TRITON:
 else:
     launch = None
 
-__all__ = ["Fp8Weight", "dequantise", "fp8_linear", "fp8_lora_linear", "multiplies_fp8", "quantise"]
+__all__ = [
+    "Fp8Weight", "dequantise", "fp8_linear", "fp8_lora_linear", "multiplies_fp8", "quantise", "stored_linear",
+]  # fmt: skip
 
 
 def dequantise(w: Fp8Weight, dtype: torch.dtype, *, implementation: str) -> Tensor:
@@ -48,9 +50,15 @@ def fp8_linear(x: Tensor, w: Fp8Weight, bias: Tensor | None = None, *, implement
     """
     require_fit(x, w, bias)
     if not multiplies_fp8(x.device):
-        return pick(implementation, reference.stored_linear, launch and launch.stored_linear)(x, *w, bias)
+        return stored_linear(x, w, bias, implementation=implementation)
     linear = pick(implementation, reference.fp8_linear, launch and launch.fp8_linear)
     return linear(x.reshape(-1, x.shape[-1]), *w, bias).reshape(*x.shape[:-1], w.values.shape[0])
+
+
+def stored_linear(x: Tensor, w: Fp8Weight, bias: Tensor | None = None, *, implementation: str) -> Tensor:
+    """`fp8_linear` of a dequantised weight, on every device: x keeps its precision."""
+    require_fit(x, w, bias)
+    return pick(implementation, reference.stored_linear, launch and launch.stored_linear)(x, *w, bias)
 
 
 def fp8_lora_linear(
@@ -72,6 +80,7 @@ def fp8_lora_linear(
     return base if a is None else lora_branch(x, base, a, b, scale, kept, keep, implementation=implementation)
 
 
+@torch.compiler.assume_constant_result
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether products are fp8's on this device, or of a dequantised weight."""
     if device.type != "cuda":
