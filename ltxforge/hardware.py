@@ -292,8 +292,8 @@ def _missing(kind: str, capability: tuple[int, int]) -> tuple[str, ...]:
     lines = []
     if kind == "cuda" and capability < BF16_FROM:
         lines.append(
-            'no bf16 units: computes in fp32. training.precision = "fp16" takes half the memory and is faster, but weights'
-            " that were trained in bf16 may leave its range; a step that does is refused before it changes anything"
+            'no bf16 units: computes in fp32. training.precision = "fp16" takes half the memory and is faster, but'
+            " weights that were trained in bf16 may leave its range; such a step is refused before it changes a thing"
         )
     if kind == "cpu":
         lines.append("no GPU: computes on the CPU, which is only meant for tiny models and tests")

@@ -9,7 +9,7 @@ from ltxforge_kernels.choice import OPS, QUANTISED_OPS, Machine, arch_name
 
 from ltxforge.hardware import Hardware, detect
 from ltxforge.kernel_choices import asked_for, choose_kernels
-from ltxforge.planner import precisions
+from ltxforge.precision import precisions
 from ltxforge.recipe.model_rules import spec_named
 from ltxforge.recipe.schema import Recipe
 from ltxforge.ui.kernels_table import kernels_table

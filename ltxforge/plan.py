@@ -71,6 +71,7 @@ class DevicePlan:
     """The machine's part. `kind` is cuda, rocm, mps or cpu; `exactness` is "exact" or "statistical".
 
     `precision` is the base's and the activations', `encoder_precision` the VAE's and the text encoder's.
+    `loss_scale`, a power of two, keeps fp16's gradients above its smallest numbers; it is 1 elsewhere.
 
     A run may go on on another device or version, but then no longer bit for bit: the resume says so.
     """
@@ -83,6 +84,7 @@ class DevicePlan:
     exactness_reason: str = free()
     name: str = free(default="")
     versions: dict[str, str] = free(default_factory=dict)
+    loss_scale: float = free(default=1.0)
 
 
 @dataclass(frozen=True)

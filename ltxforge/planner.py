@@ -43,6 +43,7 @@ from ltxforge.plan import (
     every_nth,
 )
 from ltxforge.plan_notes import notes_on
+from ltxforge.precision import loss_scale, precisions
 from ltxforge.recipe.model_rules import LTX2_SAMPLING, SOUND_PARTS, family_named
 from ltxforge.recipe.rules import dataset_id
 from ltxforge.recipe.schema import Dataset, Prompt, Recipe, Validation, parse_size
@@ -96,7 +97,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         steps=steps,
         steps_per_epoch=per_epoch,
         model=_identifying(facts.model, modalities),
-        device=_device(recipe, facts.hardware, facts.previous, kernels),
+        device=_device(recipe, facts, kernels, data, modalities),
         kernels=kernels,
         data=data,
         cache=CachePlan(
@@ -232,15 +233,6 @@ def _conditioning(recipe: Recipe, spec: ModelSpec) -> ConditioningPlan:
     return ConditioningPlan(conditioning.first_frame, conditioning.caption_dropout, tokens)
 
 
-def precisions(recipe: Recipe, hardware: Hardware, previous: Plan | None) -> tuple[str, str]:
-    """The base's and the encoders'. A run that goes on elsewhere keeps its own, unless the recipe says another, and
-    with them its cache.
-    """
-    usual = "bf16" if hardware.has_bf16 else "fp32"
-    precision = recipe.training.precision or (previous.device.precision if previous else usual)
-    return precision, previous.device.encoder_precision if previous else "fp32" if hardware.kind == "cpu" else "bf16"
-
-
 def _kernels(recipe: Recipe, facts: Facts, modalities: str) -> Kernels:
     """A run that goes on keeps its own where it can, unless the recipe says another."""
     dtypes = precisions(recipe, facts.hardware, facts.previous)
@@ -250,12 +242,14 @@ def _kernels(recipe: Recipe, facts: Facts, modalities: str) -> Kernels:
     )  # fmt: skip
 
 
-def _device(recipe: Recipe, hardware: Hardware, previous: Plan | None, kernels: Kernels) -> DevicePlan:
-    precision, encoders = precisions(recipe, hardware, previous)
-    exactness, reason = exactness_of(hardware, previous, kernels)
+def _device(recipe: Recipe, facts: Facts, kernels: Kernels, data: DataPlan, modalities: str) -> DevicePlan:
+    hardware, samples = facts.hardware, recipe.training.batch_size * recipe.training.accumulate
+    precision, encoders = precisions(recipe, hardware, facts.previous)
+    exactness, reason = exactness_of(hardware, facts.previous, kernels)
     return DevicePlan(
         precision=precision, encoder_precision=encoders, kind=hardware.kind, attention="PyTorch SDPA",
         exactness=exactness, exactness_reason=reason, name=hardware.name, versions=dict(hardware.versions),
+        loss_scale=loss_scale(precision, data.buckets, facts.spec, modalities, samples),
     )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def train(
             break
         step += 1
         grad_norm = clip_gradients(optimizer.parameters.values(), plan.training)
-        require_finite(step, loss, grad_norm)
+        require_finite(step, loss, grad_norm, plan.device.precision)
         rate = plan.learning_rate_at(step)
         updated = time.perf_counter()
         optimizer.step(rate)
@@ -124,7 +124,6 @@ def accumulate(plan: Plan, model: VideoModel, data: StepData, step: int, stop: S
     is cut up, nor on how many of its samples have sound.
     """
     counts = data.count_at(step)
-    weights = {"video": 1.0, "audio": plan.audio.loss_weight if plan.audio else 0.0}
     found: dict[str, list[Losses]] = {}
     seconds = dict.fromkeys(("data", "forward", "backward"), 0.0)
     for micro in range(plan.training.accumulate):
@@ -135,16 +134,30 @@ def accumulate(plan: Plan, model: VideoModel, data: StepData, step: int, stop: S
         times.append(time.perf_counter())
         losses = forward(plan, model, batch, step, micro)
         times.append(time.perf_counter())
-        parts = [weights[name] * each.by_sample.sum() / counts[name] for name, each in losses.items()]
-        total = sum(parts[1:], parts[0])
-        if total.requires_grad:  # an adapter of the sound alone has nothing to learn from samples without any
-            total.backward()
+        backward(plan, losses, counts)
         times.append(time.perf_counter())
         for name, each in losses.items():
             found.setdefault(name, []).append(Losses(each.by_sample.detach(), each.sigma))
         for part, first, last in zip(seconds, times, times[1:], strict=False):
             seconds[part] += last - first
+    unscale_gradients(plan, model)
     return StepLoss(Streams(**{name: whole_step(each, counts[name]) for name, each in found.items()}), seconds)
+
+
+def backward(plan: Plan, losses: Streams[Losses], counts: Streams[int]) -> None:
+    """Add a micro-batch's share of the step's gradient, times the plan's loss scale. `counts` as in `accumulate`."""
+    weights = {"video": 1.0, "audio": plan.audio.loss_weight if plan.audio else 0.0}
+    parts = [weights[name] * each.by_sample.sum() / counts[name] for name, each in losses.items()]
+    total, scale = sum(parts[1:], parts[0]), plan.device.loss_scale
+    if total.requires_grad:  # an adapter of the sound alone has nothing to learn from samples without any
+        (total if scale == 1 else total * scale).backward()
+
+
+def unscale_gradients(plan: Plan, model: VideoModel) -> None:
+    """Undo the loss scale, a power of two: exact."""
+    found = (parameter.grad for parameter in model.transformer.parameters())
+    if plan.device.loss_scale != 1 and (gradients := [gradient for gradient in found if gradient is not None]):
+        torch._foreach_mul_(gradients, 1 / plan.device.loss_scale)
 
 
 def whole_step(losses: Sequence[Losses], count: int) -> StreamLoss:
@@ -204,7 +217,7 @@ def clip_gradients(parameters: object, training: TrainingPlan) -> float:
     return float(norm)
 
 
-def require_finite(step: int, loss: StepLoss, grad_norm: float) -> None:
+def require_finite(step: int, loss: StepLoss, grad_norm: float, precision: str) -> None:
     """Raise before the weights change if a loss or the gradient is NaN or infinite."""
     losses = [each.value for _, each in loss.streams.items()]
     if all(map(math.isfinite, [*losses, grad_norm])):
@@ -214,8 +227,14 @@ def require_finite(step: int, loss: StepLoss, grad_norm: float) -> None:
         for name, each in loss.streams.items()
         for sigma, value in zip(each.sigma, each.by_sample, strict=True)
     ]
+    unchanged = "The weights were not changed and the last checkpoint is intact, but the same settings come here again:"
+    if precision == "fp16":
+        remedy = (
+            f'{unchanged} fp16 holds nothing above 65504. Start a new run with --out and training.precision = "fp32".'
+        )
+    else:
+        slower = 'a lower optimizer.learning_rate, or training.precision = "fp32".'
+        remedy = f"{unchanged} start a new run with --out and {slower}"
     raise NonFiniteError(
-        f"step {step} gave loss {loss.main.value} and gradient norm {grad_norm} ({'; '.join(worst)})",
-        remedy="The weights were not changed and the last checkpoint is intact, but the same settings come here again:"
-        ' start a new run with --out and a lower optimizer.learning_rate, or training.precision = "fp32".',
+        f"step {step} gave loss {loss.main.value} and gradient norm {grad_norm} ({'; '.join(worst)})", remedy=remedy
     )

@@ -115,6 +115,7 @@ def _device(plan: Plan) -> list[Row]:
             f"{device.precision} base, fp32 adapter, {device.encoder_precision} encoders",
             plan.origins.get("training.precision", ""),
         ),
+        ("loss scale", f"{number(device.loss_scale)}, undone before clipping" if device.loss_scale != 1 else "", ""),
         ("attention", device.attention, "device"),
         *kernel_rows(plan.kernels, plan.origins),
         ("a resume is", f"{device.exactness}: {device.exactness_reason}", "device"),
