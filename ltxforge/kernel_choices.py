@@ -9,22 +9,24 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ltxforge_kernels.choice import OPS, Choice, Kernels, Machine, choose, why_not
+from ltxforge_kernels.choice import OPS, QUANTISED_OPS, Choice, Kernels, Machine, choose, why_not
 
 from ltxforge.errors import PlanError
 from ltxforge.modalities import has
 from ltxforge.model_spec import ModelSpec
+from ltxforge.quant.formats import FORMATS
 from ltxforge.recipe.schema import Kernels as Section
 
 
-def used_ops(modalities: str) -> tuple[str, ...]:
-    """The ops that training these modalities calls, from the clip to the LoRA's gradient."""
-    return tuple(op for op in OPS if op != "causal_conv3d" or has(modalities, "video"))
+def used_ops(modalities: str, base_precision: str = "bf16") -> tuple[str, ...]:
+    """The ops that training these modalities calls, from the clip to the LoRA's gradient, over a base in this format."""
+    of_base = (FORMATS[base_precision].op,) if base_precision in FORMATS else ()
+    return (*(op for op in OPS if op != "causal_conv3d" or has(modalities, "video")), *of_base)
 
 
 def asked_for(section: Section) -> dict[str, str]:
     """Op → what the recipe asks for, where it does: the op's own key, else `all`."""
-    asked = {op: getattr(section, op) or section.all for op in OPS}
+    asked = {op: getattr(section, op) or section.all for op in (*OPS, *QUANTISED_OPS)}
     return {op: implementation for op, implementation in asked.items() if implementation}
 
 
@@ -114,7 +116,9 @@ def widths_of(op: str, spec: ModelSpec) -> frozenset[int]:
         return frozenset(channels)
     if op == "causal_conv3d":
         return _widths_of_encoder(spec.vae_config)
-    return frozenset({"gelu": inner, "lora_linear": widths | inner}.get(op, widths))
+    if op in ("lora_linear", *QUANTISED_OPS):
+        return frozenset(widths | inner)
+    return frozenset(inner if op == "gelu" else widths)
 
 
 def _widths_of_encoder(config: Mapping[str, Any]) -> frozenset[int]:

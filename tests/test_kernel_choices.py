@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from diffusers import AutoencoderKLLTX2Video, AutoencoderKLLTXVideo
-from ltxforge_kernels.choice import EAGER, OPS, Choice, Kernels, Machine, TokenRange
+from ltxforge_kernels.choice import EAGER, OPS, QUANTISED_OPS, Choice, Kernels, Machine, TokenRange
 
 from ltxforge.errors import PlanError
 from ltxforge.kernel_choices import asked_for, changed, choose_kernels, used_ops, widths_of
@@ -38,17 +38,24 @@ def test_sound_alone_meets_no_convolution_of_pictures():
     assert set(OPS) - set(used_ops("audio")) == {"causal_conv3d"}
 
 
+@pytest.mark.parametrize(("base", "op"), [("nf4", "nf4"), ("int8", "int8"), ("int8-w8a8", "int8"), ("fp8", "fp8")])
+def test_a_quantised_base_has_its_own_op_and_a_plain_one_none(base, op):
+    assert used_ops("both", base) == (*OPS, op) and used_ops("both", "bf16") == OPS
+    kernels = chosen(ops=used_ops("both", base), asked=asked_for(Section(**{op: "eager"})))
+    assert answers(kernels) == {**dict.fromkeys(OPS, "triton"), op: "eager"}
+
+
 def test_a_key_wins_over_all():
     section = Section(all="compile", gelu="eager")
-    assert asked_for(section) == {**dict.fromkeys(OPS, "compile"), "gelu": "eager"}
+    assert asked_for(section) == {**dict.fromkeys((*OPS, *QUANTISED_OPS), "compile"), "gelu": "eager"}
     assert asked_for(Section(gelu="eager")) == {"gelu": "eager"} and asked_for(Section()) == {}
-    kernels = chosen(asked=asked_for(section))
+    kernels = chosen(ops=(*OPS, *QUANTISED_OPS), asked=asked_for(section))
     assert answers(kernels) == asked_for(section)
     assert {choice.reason for choice in kernels.choices} == {"asked for in the recipe"}
 
 
 def test_the_section_has_a_key_for_each_op():
-    assert set(Section.model_fields) == {"all", *OPS}
+    assert set(Section.model_fields) == {"all", *OPS, *QUANTISED_OPS}
 
 
 def test_encoding_has_a_dtype_of_its_own():
@@ -131,6 +138,7 @@ def test_a_run_without_choices_was_eager():
         ("0.9.5", "gelu", {8192}),
         ("0.9.5", "flow_matching", {128}),
         ("0.9.7", "lora_linear", {4096, 16384}),
+        ("0.9.7", "nf4", {4096, 16384}),
         ("2.0", "qk_norm_rope", {4096, 2048}),
         ("2.0", "gelu", {16384, 8192}),
         ("0.9.0", "causal_conv3d", {48, 128, 256, 512}),

@@ -18,7 +18,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
 # In the order in which a sample meets them: encoding, the step's noise, the blocks.
 OPS = ("causal_conv3d", "flow_matching", "adaln_rms_norm", "gated_residual", "qk_norm_rope", "gelu", "lora_linear")
-# Of quantised base weights, which no recipe can ask for yet.
+# Of quantised base weights: a run has one of them at most.
 QUANTISED_OPS = ("nf4", "int8", "fp8")
 
 # What our kernels are configured for: the tests compile every one of them for each of these. Ampere is the first with

@@ -7,7 +7,7 @@ Sound shares the picture's sigma, as in the official trainer, so that diffusers'
 from __future__ import annotations
 
 import torch
-from ltxforge_kernels.choice import OPS
+from ltxforge_kernels.choice import OPS, QUANTISED_OPS
 
 from ltxforge.dataset.batches import Batch
 from ltxforge.hardware import Hardware, torch_dtype
@@ -67,11 +67,11 @@ def plan_of(case: StepCase, hardware: Hardware) -> Plan:
         directory="",
         audio=AudioPlan("shared", 1.0) if has(case.trained, "audio") else None,
         kernels=choose_kernels(
-            used_ops(case.trained),
+            used_ops(case.trained, case.base_precision),
             hardware.machine,
             case.precision,
             case.precision,
-            asked=dict.fromkeys(OPS, case.kernels) if case.kernels else None,
+            asked=dict.fromkeys((*OPS, *QUANTISED_OPS), case.kernels) if case.kernels else None,
             spec=spec,
             rank=case.rank,
         ),
