@@ -19,7 +19,7 @@ from ltxforge.recipe.schema import Kernels as Section
 
 
 def used_ops(modalities: str, base_precision: str = "bf16") -> tuple[str, ...]:
-    """The ops that training these modalities calls, from the clip to the LoRA's gradient, over a base in this format."""
+    """The ops that training these modalities over such a base calls, from the clip to the LoRA's gradient."""
     of_base = (FORMATS[base_precision].op,) if base_precision in FORMATS else ()
     return (*(op for op in OPS if op != "causal_conv3d" or has(modalities, "video")), *of_base)
 

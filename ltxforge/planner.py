@@ -237,7 +237,8 @@ def _kernels(recipe: Recipe, facts: Facts, modalities: str) -> Kernels:
     """A run that goes on keeps its own where it can, unless the recipe says another."""
     dtypes = precisions(recipe, facts.hardware, facts.previous)
     return choose_kernels(
-        used_ops(modalities, recipe.memory.base_precision or "bf16"), facts.hardware.machine, *dtypes, asked=asked_for(recipe.kernels), spec=facts.spec,
+        used_ops(modalities, recipe.memory.base_precision or "bf16"), facts.hardware.machine, *dtypes,
+        asked=asked_for(recipe.kernels), spec=facts.spec,
         previous=facts.previous.kernels if facts.previous else None, rank=recipe.lora.rank,
     )  # fmt: skip
 
