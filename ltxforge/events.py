@@ -80,6 +80,13 @@ class LoraInjected(Event):
 
 
 @dataclass(frozen=True)
+class BaseQuantised(Event):
+    """What became of the base's linear layers; `report` is the JSON form of `quant.report.BaseReport`."""
+
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Resumed(Event):
     """Training goes on from a checkpoint. `refused` names newer checkpoints that were damaged, with the reason."""
 

@@ -34,6 +34,7 @@ from ltxforge.models.interface import WantedPrompt
 from ltxforge.models.load import load_model
 from ltxforge.models.tiny import tiny_parts
 from ltxforge.plan import Plan, from_json
+from ltxforge.quant.keep import Keep
 from ltxforge.recipe.parse import load
 from ltxforge.trackers.jsonl import last_per_step, read_events
 from ltxforge.ui.screen import screen_for
@@ -136,7 +137,7 @@ def test_the_exported_file_samples_what_the_trainer_samples(here):
     text_encoder, tokenizer = parts.text_encoder(cpu, torch.float32)
     pipeline = LTXConditionPipeline(
         scheduler=parts.scheduler(), vae=parts.vae(cpu, torch.float32), text_encoder=text_encoder, tokenizer=tokenizer,
-        transformer=parts.transformer(cpu, torch.float32),
+        transformer=parts.transformer(Keep(cpu, torch.float32)),
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
 

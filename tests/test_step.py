@@ -23,6 +23,7 @@ from ltxforge.models.interface import PromptEmbeddings
 from ltxforge.models.ltx_video import LTXVideo
 from ltxforge.models.tiny import tiny_parts
 from ltxforge.plan import ConditioningPlan, MemoryPlan, Plan, every_nth
+from ltxforge.quant.keep import Keep
 from ltxforge.shapes import LatentShape
 from ltxforge.specs import TINY
 
@@ -82,7 +83,7 @@ def ours(base: str, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, dict[str, T
 def independent(base: str, plan: Plan, sigma: tuple[float, ...]) -> tuple[Tensor, dict[str, Tensor]]:
     """float64 throughout; nothing of ltxforge but the draws and the adapter's starting values."""
     spec, batch = TINY[base], make_batch(base, torch.float64)
-    transformer = tiny_parts(spec).transformer(CPU, torch.float64).requires_grad_(False)
+    transformer = tiny_parts(spec).transformer(Keep(CPU, torch.float64)).requires_grad_(False)
     names = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
     transformer.add_adapter(LoraConfig(r=plan.lora.rank, lora_alpha=plan.lora.alpha, target_modules=names))
     start = adapter_parameters(make_model(base, plan, torch.float64).transformer)

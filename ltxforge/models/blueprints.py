@@ -27,6 +27,7 @@ from torch import nn
 from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
 from ltxforge.models.audio_features import MelSettings
+from ltxforge.models.base_weights import placed_from_files
 from ltxforge.models.components import Told
 from ltxforge.models.convert import transformer_names, vae_config, vae_names
 from ltxforge.models.layout import transformer_config, transformer_layout
@@ -38,6 +39,7 @@ from ltxforge.models.text_encoders import require_whole_gemma, require_whole_t5
 from ltxforge.models.trees import LocalTree, whole_header
 from ltxforge.models.weights import Header
 from ltxforge.plan import ModelPlan
+from ltxforge.quant.keep import Keep
 from ltxforge.specs import ModelSpec
 
 
@@ -56,6 +58,11 @@ class Blueprint:
     def filled(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The module with the files' tensors."""
         return fill(self.module, self.files, self.names, device, dtype)
+
+    def placed(self, keep: Keep, digest: str) -> nn.Module:
+        """A transformer with the files' tensors, each where and how it is kept; `digest` names their content."""
+        self.require_whole("transformer")
+        return placed_from_files(self.module, self.files, self.names, keep, digest)
 
 
 Draw = Callable[[Path], Blueprint]

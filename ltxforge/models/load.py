@@ -25,6 +25,7 @@ from ltxforge.models.ltx_video import LTXVideo, Parts
 from ltxforge.models.sources import spec_of
 from ltxforge.models.text_encoders import load_gemma, load_t5
 from ltxforge.plan import ComponentPlan, ModelPlan
+from ltxforge.quant.keep import Keep
 from ltxforge.specs import TINY, ModelSpec
 
 
@@ -38,7 +39,7 @@ def load_model(
     modalities: str = "video",
     text_cache: str = "connectors",
 ) -> VideoModel:
-    """The plan's model. Nothing is read before a part is asked for.
+    """The plan's model. Nothing is read before a part is asked for; how the transformer is kept is `model.keep`'s.
 
     Args:
         plan: with every component's location filled in (`sources.fetch`).
@@ -61,7 +62,7 @@ def _ltx_video_parts(plan: ModelPlan, spec: ModelSpec) -> Parts:
     made = partial(_made, plan, tiny.tiny_parts)
     drawn = blueprints(plan, spec)
     return Parts(
-        transformer=made("transformer", partial(_filled, drawn["transformer"])),
+        transformer=made("transformer", partial(_placed, plan, drawn["transformer"])),
         vae=made("vae", partial(_filled, drawn["vae"])),
         text_encoder=made("text_encoder", partial(_with_tokenizer, plan, load_t5)),
         scheduler=partial(load_scheduler, plan.components["scheduler"], spec),
@@ -71,8 +72,10 @@ def _ltx_video_parts(plan: ModelPlan, spec: ModelSpec) -> Parts:
 def _ltx2_parts(plan: ModelPlan, spec: ModelSpec) -> LTX2Parts:
     components = plan.components
     made = partial(_made, plan, ltx2_tiny.tiny_parts)
-    filled = {name: made(name, partial(_filled, draw)) for name, draw in blueprints(plan, spec).items()}
+    drawn = blueprints(plan, spec)
+    filled = {name: made(name, partial(_filled, draw)) for name, draw in drawn.items() if name != "transformer"}
     return LTX2Parts(
+        transformer=made("transformer", partial(_placed, plan, drawn["transformer"])),
         **filled,
         text_encoder=made("text_encoder", partial(_with_tokenizer, plan, load_gemma)),
         scheduler=partial(load_scheduler, components["scheduler"], spec),
@@ -81,7 +84,7 @@ def _ltx2_parts(plan: ModelPlan, spec: ModelSpec) -> LTX2Parts:
 
 
 def _made(plan: ModelPlan, tiny_parts: Callable[[ModelSpec], Any], name: str, from_files: Callable) -> Callable:
-    """How a part is made: built in, or by `from_files(path, device, dtype)`."""
+    """How a part is made: built in, or by `from_files(path, …)`, with what else the caller gives."""
     component = plan.components[name]
     if component.kind == "builtin":
         return getattr(tiny_parts(TINY[component.source]), name)
@@ -100,6 +103,10 @@ def _located(component: ComponentPlan, name: str) -> Path:
 
 def _filled(draw: Draw, path: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
     return draw(path).filled(device, dtype)
+
+
+def _placed(plan: ModelPlan, draw: Draw, path: Path, keep: Keep) -> nn.Module:
+    return draw(path).placed(keep, plan.components["transformer"].digest)
 
 
 def load_scheduler(component: ComponentPlan, spec: ModelSpec) -> FlowMatchEulerDiscreteScheduler:

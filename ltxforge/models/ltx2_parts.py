@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ltxforge.models.audio_features import MelSettings
+from ltxforge.quant.keep import Keep
 
 Part = TypeVar("Part")
 Make = Callable[[torch.device, torch.dtype], Part]
@@ -25,12 +26,12 @@ Make = Callable[[torch.device, torch.dtype], Part]
 
 @dataclass(frozen=True)
 class LTX2Parts:
-    """How each part is made, on demand, on the device and in the dtype it is given.
+    """How each part is made, on demand, on the device and in the dtype it is given; the transformer as it is kept.
 
     The text encoder comes with its tokenizer, which pads on the left.
     """
 
-    transformer: Make[LTX2VideoTransformer3DModel]
+    transformer: Callable[[Keep], LTX2VideoTransformer3DModel]
     vae: Make[AutoencoderKLLTX2Video]
     audio_vae: Make[AutoencoderKLLTX2Audio]
     vocoder: Make[LTX2Vocoder | LTX2VocoderWithBWE]

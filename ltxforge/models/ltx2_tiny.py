@@ -32,7 +32,7 @@ from transformers.audio_utils import mel_filter_bank
 from ltxforge.models.audio_features import MelSettings
 from ltxforge.models.ltx2_parts import LTX2Parts
 from ltxforge.models.parts import cast
-from ltxforge.models.tiny import calibrate, make_byte_tokenizer, rounded, seeded
+from ltxforge.models.tiny import calibrate, make_byte_tokenizer, placed_again, rounded, seeded
 from ltxforge.specs import ModelSpec
 
 # When anything here changes the weights, raise `specs.TINY_VERSION`.
@@ -49,7 +49,7 @@ def tiny_parts(spec: ModelSpec) -> LTX2Parts:
     """The parts of one of `specs_ltx2.LTX2_TINY`."""
     assert spec.audio_vae_config is not None
     return LTX2Parts(
-        transformer=lambda device, dtype: cast(tiny_transformer(spec), device, dtype),
+        transformer=lambda keep: placed_again(tiny_transformer(spec), keep),
         vae=lambda device, dtype: cast(tiny_vae(spec), device, dtype),
         audio_vae=lambda device, dtype: cast(tiny_audio_vae(spec), device, dtype),
         vocoder=lambda device, dtype: cast(tiny_vocoder(spec), device, dtype),

@@ -1,13 +1,13 @@
 """Models of any version at full size with random weights, for measuring: speed and memory do not depend on values.
 
-A transformer is built without memory and filled on the device, one tensor after the other, so that it is never held
-twice. Decides the values' scale, so that activations stay finite. Makes no encoders: what they would have made is
-synthetic too (`random_prompt`).
+A transformer is built without memory and drawn on the device, one tensor after the other, each put where it is kept
+before the next one, so that it is never held twice. Decides the values' scale, so that activations stay finite. Makes
+no encoders: what they would have made is synthetic too (`random_prompt`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from ltxforge.modalities import MODALITIES, has
 from ltxforge.models.audio_features import MelSettings
+from ltxforge.models.base_weights import placed
 from ltxforge.models.interface import PromptEmbeddings, VideoModel
 from ltxforge.models.ltx2_parts import LTX2Parts
 from ltxforge.models.ltx2_video import LTX2Video
 from ltxforge.models.ltx_video import LTXVideo, Parts
 from ltxforge.models.parts import cast
+from ltxforge.quant.keep import Keep
 from ltxforge.randomness import address
 from ltxforge.specs import ModelSpec
 
@@ -69,8 +71,25 @@ def _none(*_arguments: Any) -> Any:
     raise AssertionError("a model with random weights has no part but its transformer")
 
 
-def _transformer(spec: ModelSpec) -> Callable[[torch.device, torch.dtype], Any]:
-    return lambda device, dtype: randomly_filled(empty_transformer(spec), device, dtype)
+def _transformer(spec: ModelSpec) -> Callable[[Keep], Any]:
+    return lambda keep: _placed(empty_transformer(spec), keep)
+
+
+def _placed(module: nn.Module, keep: Keep) -> nn.Module:
+    """A transformer of the meta device with random values, as it is kept; shapes alone on the meta device."""
+    assert not list(module.buffers()), "buffers have values of their own, which nobody would fill in"
+    return placed(module, _drawn(module, keep.device, keep.dtype), keep)
+
+
+@torch.no_grad()
+def _drawn(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """A module's parameters, drawn on a device one after the other."""
+    generator = None if device.type == "meta" else _generator(device)
+    for name, parameter in list(module.named_parameters()):
+        value = torch.empty(parameter.shape, device=device, dtype=dtype)
+        if generator is not None:
+            _draw(name, value, generator)
+        yield name, value
 
 
 def random_vae(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Any:
@@ -95,15 +114,24 @@ def randomly_filled(module: nn.Module, device: torch.device, dtype: torch.dtype)
 
 @torch.no_grad()
 def fill_randomly(module: nn.Module, device: torch.device) -> None:
-    """Norms are 1, biases 0, all else normal with `WEIGHT_STD`; drawn in place on the device."""
-    generator = torch.Generator(device=device).manual_seed(address(SEED, "random-weights"))
+    """Every parameter of a module, drawn in place on the device."""
+    generator = _generator(device)
     for name, parameter in module.named_parameters():
-        if parameter.ndim == 1 and name.endswith("bias"):
-            parameter.zero_()
-        elif parameter.ndim == 1 and name.endswith("weight"):
-            parameter.fill_(1)
-        else:
-            parameter.normal_(0, WEIGHT_STD, generator=generator)
+        _draw(name, parameter, generator)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(address(SEED, "random-weights"))
+
+
+def _draw(name: str, value: Tensor, generator: torch.Generator) -> None:
+    """Norms are 1, biases 0, all else normal with `WEIGHT_STD`."""
+    if value.ndim == 1 and name.endswith("bias"):
+        value.zero_()
+    elif value.ndim == 1 and name.endswith("weight"):
+        value.fill_(1)
+    else:
+        value.normal_(0, WEIGHT_STD, generator=generator)
 
 
 def random_prompt(spec: ModelSpec, tokens: int, modalities: str, dtype: torch.dtype) -> PromptEmbeddings:

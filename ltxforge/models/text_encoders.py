@@ -137,7 +137,7 @@ def _packed_gemma(path: Path, header: Header, device: torch.device, dtype: torch
     size.
     """
     wanted = {original: name for name, original in language_model(header).names.items()}
-    tensors = {wanted[name]: value for name, value in read_tensors(path, header, wanted, device, dtype)}
+    tensors = {wanted[name]: value for name, value in read_tensors(path, wanted, device, dtype)}
     return cast(_packed_model(header, tensors, dtype, str(path)), device, dtype)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import (
@@ -21,13 +21,16 @@ from diffusers import (
     LTXVideoTransformer3DModel,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from ltxforge.models.base_weights import placed
 from ltxforge.models.ltx_video import Parts
 from ltxforge.models.parts import cast
+from ltxforge.quant.keep import Keep
 from ltxforge.specs import ModelSpec
 
+Transformer = TypeVar("Transformer", bound=nn.Module)
 # When anything here changes the weights, raise `specs.TINY_VERSION`.
 SEED = 2024
 TOKENIZER_LENGTH = 128
@@ -36,7 +39,7 @@ TOKENIZER_LENGTH = 128
 def tiny_parts(spec: ModelSpec) -> Parts:
     """The parts of one of `specs.TINY`."""
     return Parts(
-        transformer=lambda device, dtype: cast(tiny_transformer(spec), device, dtype),
+        transformer=lambda keep: placed_again(tiny_transformer(spec), keep),
         vae=lambda device, dtype: cast(tiny_vae(spec), device, dtype),
         text_encoder=lambda device, dtype: (cast(tiny_text_encoder(spec), device, dtype), byte_tokenizer()),
         scheduler=lambda: FlowMatchEulerDiscreteScheduler(**spec.scheduler_config),
@@ -47,6 +50,12 @@ def tiny_transformer(spec: ModelSpec) -> LTXVideoTransformer3DModel:
     """A transformer of the spec's wiring with seeded random weights, float32 on the CPU."""
     with seeded(1):
         return LTXVideoTransformer3DModel(**spec.transformer_config).eval()
+
+
+def placed_again(transformer: Transformer, keep: Keep) -> Transformer:
+    """A built-in transformer, whose weights had to be drawn whole, as it is kept."""
+    names = [name for name, _ in transformer.named_parameters()]
+    return placed(transformer, ((name, transformer.get_parameter(name).detach()) for name in names), keep)
 
 
 def tiny_text_encoder(spec: ModelSpec) -> T5EncoderModel:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
+from ltxforge.models.formats import logical
 from ltxforge.models.weights import Header, read_header, refuse_format
 
 WEIGHT_ENDINGS = ("safetensors", "safetensors.index.json")
@@ -160,11 +161,14 @@ def _shards(tree: Tree, path: str) -> list[str]:
 
 
 def whole_header(tree: Tree, inside: str) -> tuple[Header, dict[str, Any]]:
-    """The header of a file, or of a folder's shards together, and the folder's `config.json`, or {}."""
+    """The header of a file, or of a folder's shards together, and the folder's `config.json`, or {}.
+
+    Quantised weights are listed as they were before (`formats.logical`).
+    """
     if tree.is_file(inside):
-        return tree.header(inside), {}
+        return logical(tree.header(inside)), {}
     headers = [tree.header(join(inside, name)) for name in weight_files(tree, inside)]
     tensors = {name: entry for header in headers for name, entry in header.tensors.items()}
     path = join(inside, "config.json")
     config = read_json(tree, path) if "config.json" in tree.files(inside) else {}
-    return Header(tensors, headers[0].metadata), config
+    return logical(Header(tensors, headers[0].metadata)), config

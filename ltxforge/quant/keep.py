@@ -5,16 +5,23 @@ Data; decides nothing. The planner decides, `memory/` gives `park`, whoever load
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from ltxforge_kernels.choice import EAGER, Kernels
-from torch import Tensor
+from torch import Tensor, nn
+
+from ltxforge.events import Emit, ignore
 
 # The number of a block, a tensor's name within it ("attn1.to_q.weight"), and the tensor as it is stored, on the host.
 Park = Callable[[int, str, Tensor], None]
+
+
+def none_of(_module: nn.Module) -> Collection[nn.Module]:
+    """No module of it."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,9 @@ class Keep:
             `park`, on the host, and its module has None in its place until the streamer puts a slot's view there.
         park: takes a parked tensor.
         kernels: with what quantised weights are made and multiplied.
-        cache: where quantised weights are kept for the next start, None for nowhere.
+        cache: the cache directory, where quantised weights are kept for the next start; None for nowhere.
+        waiting: which modules of the transformer wait on the host, where they are not parked.
+        emit: hears what became of the layers.
     """
 
     device: torch.device
@@ -42,3 +51,5 @@ class Keep:
     park: Park | None = None
     kernels: Kernels = EAGER
     cache: Path | None = None
+    waiting: Callable[[nn.Module], Collection[nn.Module]] = none_of
+    emit: Emit = ignore

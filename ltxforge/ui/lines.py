@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from ltxforge.events import (
+    BaseQuantised,
     CheckpointSaved,
     ClipJudged,
     Event,
@@ -83,6 +84,8 @@ def _progress(event: Event) -> tuple[str, str] | None:
 
 def _output(event: Event) -> tuple[str, str] | None:
     match event:
+        case BaseQuantised():
+            return "base", base_text(event)
         case LoraInjected():
             return "lora", lora_text(event)
         case CheckpointSaved():
@@ -107,6 +110,22 @@ def lora_text(event: LoraInjected) -> str:
         f"{report.get('parameters', 0):,} trained parameters",
         f"file {size(report.get('file_bytes', 0))}",
         *(f"{layer} is not read by {why}" for layer, why in unread.items()),
+    )
+
+
+def base_text(event: BaseQuantised) -> str:
+    """What the base's layers are kept in, in one line: how many, how small, how noisy the worst is, which not."""
+    report = event.report
+    quantised, stayed = report.get("quantised", 0), report.get("stayed") or {}
+    sizes = f"{size(report.get('bytes_before', 0))} → {size(report.get('bytes_after', 0))}"
+    worst = "".join(f", worst {each['sqnr']:.1f} dB ({each['name']})" for each in report.get("worst") or ())
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in stayed.items())
+    source = {"cache": "from the cache", "file": "as the file has them"}.get(report.get("source", ""), "")
+    return _joined(
+        f"{report.get('format')}: {quantised:,} of {counted(report.get('count', 0), 'layer')}, {sizes}{worst}",
+        f"{sum(stayed.values()):,} stay {report.get('whole')}: {reasons}" if stayed else "",
+        source,
+        *report.get("notes", ()),
     )
 
 

@@ -24,6 +24,7 @@ from ltxforge.models.interface import Noisy, NoisyTokens, PromptBatch, VideoMode
 from ltxforge.models.ltx2_video import LTX2Video
 from ltxforge.models.ltx_video import LTXVideo
 from ltxforge.plan import LoraPlan
+from ltxforge.quant.keep import Keep
 from ltxforge.shapes import LatentShape
 from ltxforge.specs import TINY
 
@@ -291,7 +292,7 @@ def test_the_start_depends_on_seed_and_name_alone(tmp_path):
     spec = TINY[BASE]
 
     def start(seed: int) -> dict[str, torch.Tensor]:
-        transformer = tiny.tiny_parts(spec).transformer(CPU, torch.float32)
+        transformer = tiny.tiny_parts(spec).transformer(Keep(CPU, torch.float32))
         inject(transformer, PLAIN, match(PLAIN.targets, spec), seed)
         return {name: p.detach().clone() for name, p in adapter_parameters(transformer).items()}
 

@@ -25,6 +25,7 @@ from ltxforge.lora.targets import match
 from ltxforge.models.ltx_video import LTXVideo
 from ltxforge.models.tiny import tiny_parts
 from ltxforge.plan import LoraPlan
+from ltxforge.quant.keep import Keep
 from ltxforge.specs import SPECS, TINY
 
 SPEC = TINY["tiny/ltx-video"]
@@ -34,7 +35,7 @@ Products = dict[str, torch.Tensor]
 
 
 def transformer() -> torch.nn.Module:
-    return tiny_parts(SPEC).transformer(torch.device("cpu"), torch.float32)
+    return tiny_parts(SPEC).transformer(Keep(torch.device("cpu"), torch.float32))
 
 
 def settings(**changes) -> LoraConfig:

@@ -19,6 +19,7 @@ from ltxforge.models.load import load_model
 from ltxforge.models.ltx2_video import LTX2Video
 from ltxforge.models.sources import spec_of
 from ltxforge.models.tensors import fill
+from ltxforge.quant.keep import Keep
 from ltxforge.specs import TINY
 
 CPU = torch.device("cpu")
@@ -33,7 +34,8 @@ def same_tensors(module: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 def made(plan, name: str, dtype: torch.dtype = torch.float32):
     """One part of the plan's model, and whether it has memory everywhere."""
-    part = getattr(load_model(plan, CPU, dtype)._parts, name)(CPU, dtype)
+    asked = (Keep(CPU, dtype),) if name == "transformer" else (CPU, dtype)
+    part = getattr(load_model(plan, CPU, dtype)._parts, name)(*asked)
     module = part[0] if isinstance(part, tuple) else part
     assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
     return module
