@@ -237,9 +237,17 @@ class Search:
         again = self._least_again(base, optimizer, disk, offload, streamed)
         if again is None or way(again, False).seconds > bound:  # to offload activations makes nothing faster
             return None
-        # What is kept must travel where activations are offloaded: there keeping less may be faster.
-        counts = range(again, self._most_again + 1) if offload else (again,)
-        return min((way(count, offload) for count in counts), key=lambda each: each.seconds)
+        if not offload:
+            return way(again, False)
+        # What is kept must travel then, so that keeping less may be faster. Time over the number is convex, but for
+        # the first block, which saves less than others.
+        low, high = max(again, min(1, self._most_again)), self._most_again
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (
+                (low, middle) if way(middle, True).seconds <= way(middle + 1, True).seconds else (middle + 1, high)
+            )
+        return min((way(count, True) for count in {again, low}), key=lambda each: each.seconds)
 
     def _way(self, optimizer: str, memory: MemoryPlan) -> Way:
         return Way(memory, optimizer, step_seconds(self.costs, memory, optimizer, self.rates))

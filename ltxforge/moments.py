@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 BLOCK = 256
 """bitsandbytes quantises moments in blocks of so many numbers, each with a float32 scale."""
@@ -71,6 +72,11 @@ def optimizer_bytes(name: str, sizes: Sequence[int]) -> int:
         name: as in a recipe.
         sizes: how many numbers each trained tensor has.
     """
+    return _optimizer_bytes(name, tuple(sizes))
+
+
+@cache  # a search over memory strategies asks again and again
+def _optimizer_bytes(name: str, sizes: tuple[int, ...]) -> int:
     moments = MOMENTS[name]
     in_8_bits = moments.in_8_bits and any(size >= LEAST_8BIT for size in sizes)
     return sum(tensor_bytes(name, size) for size in sizes) + moments.maps * MAP_BYTES * in_8_bits
