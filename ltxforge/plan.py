@@ -38,7 +38,8 @@ class ComponentPlan:
 
     `digest` names the content (SHA-256, or the Hub's own blob names) and alone is the identity, since weights may be
     moved. `kind` is "builtin", "folder", "file" or "hub"; `location` the local path ("" until a Hub part is
-    downloaded); `inside` a subfolder or file within the source; `revision` the resolved commit.
+    downloaded); `inside` a subfolder or file within the source; `revision` the resolved commit. `stored_format` is what
+    a transformer's blocks come in, "nf4" or "fp8", "" where they are whole.
     """
 
     source: str = free()
@@ -49,6 +50,7 @@ class ComponentPlan:
     revision: str = free(default="")
     location: str = free(default="")
     bytes: int = free(default=0)
+    stored_format: str = free(default="")
 
 
 @dataclass(frozen=True)
@@ -368,7 +370,7 @@ class Plan:
     """Every number of a run. `origins` says where a number came from: "recipe", "default", "device" or "weights".
 
     `kernels` says how each op is carried out: `kernels.of("gelu", tokens)`. It may change like the device, and is told
-    likewise.
+    likewise. `assumed` names what nobody looked at ("device", "weights", "data", …): no run follows such a plan.
     """
 
     name: str = free()
@@ -394,6 +396,7 @@ class Plan:
     world_size: int = 1
     estimates: Estimates = free(default_factory=Estimates)
     notes: tuple[str, ...] = free(default=())
+    assumed: tuple[str, ...] = free(default=())
     origins: dict[str, str] = free(default_factory=dict)
     format: int = FORMAT
 

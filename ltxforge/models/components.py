@@ -15,15 +15,18 @@ from typing import Any
 
 from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
-from ltxforge.models.formats import require_readable
+from ltxforge.models.formats import require_readable, stored_format
 from ltxforge.models.layout import (
     TransformerLayout,
     VaeLayout,
     family_of,
     refuse_adapter,
     refuse_quantised,
+    refuse_rotated,
     transformer_layout,
+    transformer_originals,
     vae_layout,
+    vae_tensors,
 )
 from ltxforge.models.layout_ltx2 import Part, part_of, vae_family
 from ltxforge.models.sources import PLAIN_COMPONENTS, Source, component_files, open_tree, parse_source
@@ -87,9 +90,10 @@ class Found:
 
 @dataclass
 class Sources:
-    """Sources by their text, each opened once, and headers by their place, each read once."""
+    """Sources by their text, each opened once, and headers by their place, each read once. `offline` asks no Hub."""
 
     digests: FileDigests
+    offline: bool = False
     trees: dict[str, Tree] = field(default_factory=dict)
     headers: dict[tuple[str, str], tuple[Header, dict[str, Any]]] = field(default_factory=dict)
 
@@ -98,7 +102,7 @@ class Sources:
 
     def open(self, text: str) -> Tree:
         if text not in self.trees:
-            self.trees[text] = open_tree(parse_source(text), self.digests)
+            self.trees[text] = open_tree(parse_source(text), self.digests, self.offline)
         return self.trees[text]
 
     def home(self, text: str) -> Tree:
@@ -210,11 +214,25 @@ def find_transformer(sources: Sources, base: str, named: str | None) -> Found:
             remedy=missing_remedy("transformer", named is not None),
         )
     assert found.header is not None
+    require_readable(found.header.tensors, _transformer_originals(found), found.where)
     if found.family == "ltx-video":
-        refuse_quantised(found.header, found.where)
-    else:
-        require_readable(found.header.tensors, found.part("transformer").names.values(), found.where)
+        refuse_rotated(found.header, found.where)
     return found
+
+
+def _transformer_originals(found: Found) -> list[str]:
+    """The transformer's tensors in the file's words."""
+    assert found.header is not None
+    if found.family == "ltx-video":
+        return transformer_originals(found.header)
+    return list(found.part("transformer").names.values())
+
+
+def stored_format_of(transformer: Found) -> str:
+    """In which format the transformer's blocks come, "nf4" or "fp8"; "" where they are whole."""
+    if transformer.header is None:
+        return ""
+    return stored_format(transformer.header.tensors, _transformer_originals(transformer))
 
 
 def find_scheduler(sources: Sources, base: str) -> Found:
@@ -258,7 +276,7 @@ def find_ltx_video_tensors(sources: Sources, text: str, name: str, own: bool) ->
     if found.vae is None:
         of_ltx2 = " (it is one of LTX-2's)" if vae_family(found.part("vae")) else ""
         raise WeightsError(f"holds no LTX-Video VAE{of_ltx2}", where=found.where, remedy=missing_remedy(name, own))
-    refuse_quantised(found.header, found.where)
+    refuse_quantised(vae_tensors(found.header), found.where)
     return found
 
 
@@ -333,6 +351,7 @@ def component_plan(name: str, found: Found, spec: ModelSpec) -> ComponentPlan:
         revision=tree.revision,
         location=location,
         bytes=sum(tree.size(path) for path in files),
+        stored_format=stored_format_of(found) if name == "transformer" else "",
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ltxforge.digests import FileDigests
+from ltxforge.digests import FileDigests, NoDigests
 from ltxforge.errors import WeightsError
 from ltxforge.models import components_ltx2
 from ltxforge.models.clues import (
@@ -35,6 +35,7 @@ from ltxforge.models.components import (
     find_transformer,
     own_vae,
     pipeline_class,
+    stored_format_of,
 )
 from ltxforge.models.fit_ltx2 import require_fit
 from ltxforge.models.sources import Source
@@ -59,6 +60,7 @@ def plan_model(
     connectors: str | None = None,
     text_encoder: str | None = None,
     memo_directory: Path | None = None,
+    only_here: bool = False,
 ) -> ModelPlan:
     """Decide the base model of a plan.
 
@@ -69,6 +71,8 @@ def plan_model(
         transformer, vae, audio_vae, vocoder, connectors, text_encoder: sources that replace the base's own part, or
             None. Audio VAE, vocoder and connectors are LTX-2's alone.
         memo_directory: where digests of local files are remembered, or None.
+        only_here: ask nobody but this machine's files and the Hub's cache, and hash nothing: for a plan that no run
+            follows.
 
     Raises:
         WeightsError: files that are missing, damaged, of another model, or that leave the version open.
@@ -79,14 +83,17 @@ def plan_model(
         "text_encoder": text_encoder,
     }  # fmt: skip
     named = {name: source for name, source in parts.items() if source is not None}
-    with FileDigests(memo_directory and memo_directory / "weights.json") as digests:
-        sources = Sources(digests)
+    remembered = FileDigests(memo_directory and memo_directory / "weights.json")
+    with NoDigests() if only_here else remembered as digests:
+        sources = Sources(digests, only_here)
         found = find_all(sources, base, named)
         decide = _decide_ltx2 if found["transformer"].family == "ltx-2" else _decide_ltx_video
         spec, evidence, pipeline = decide(sources, base, named, found, version)
         if spec.family == "ltx-2":
             found = {**found, "scheduler": _fitting_scheduler(found["scheduler"], spec)}
         chosen_rope, rope_reason = decide_rope(rope, found["transformer"], pipeline, spec)
+        if stored := stored_format_of(found["transformer"]):
+            evidence = [*evidence, f"the transformer's blocks come in {stored}: {found['transformer'].where}"]
         components = {name: component_plan(name, part, spec) for name, part in found.items()}
     return ModelPlan(
         base=base, version=spec.version, rope=chosen_rope, components=components,

@@ -14,6 +14,7 @@ from typing import Any
 
 from ltxforge.errors import WeightsError
 from ltxforge.lora.header import describe
+from ltxforge.models.formats import is_companion, scale_of
 from ltxforge.models.layout_ltx2 import is_transformer, part_of
 from ltxforge.models.stated import Stated
 from ltxforge.models.weights import Header, TensorEntry
@@ -22,6 +23,7 @@ from ltxforge.specs import ModelSpec
 SINGLE_FILE_PREFIX = "model.diffusion_model."
 TIMESTEPS = 1000
 QUANTISED = ("F8_", "I8", "U8", "F4", "F6")
+_MADE_FOR_OWN_KERNELS = re.compile(r"ltxv-(2b|13b)-0\.9\.\d+-(dev|distilled)-fp8(\.safetensors)?$")
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 
 
@@ -49,7 +51,12 @@ class VaeLayout:
 
 def transformer_tensors(header: Header) -> dict[str, TensorEntry]:
     """The transformer's tensors, without the single files' prefix and without the VAE."""
-    return {name.removeprefix(SINGLE_FILE_PREFIX): entry for name, entry in header.tensors.items() if not _is_vae(name)}
+    return {name.removeprefix(SINGLE_FILE_PREFIX): header.tensors[name] for name in transformer_originals(header)}
+
+
+def transformer_originals(header: Header) -> list[str]:
+    """The transformer's tensors as the file names them, scales and the like left out."""
+    return [name for name in header.tensors if not _is_vae(name) and not is_companion(name)]
 
 
 def vae_tensors(header: Header) -> dict[str, TensorEntry]:
@@ -126,13 +133,32 @@ def refuse_adapter(header: Header, where: str) -> None:
     )
 
 
-def refuse_quantised(header: Header, where: str) -> None:
-    """Refuse an LTX-Video file in few bits: the published ones are made for kernels of their own."""
-    if any(entry.dtype.startswith(QUANTISED) for name, entry in header.tensors.items() if name.endswith(".weight")):
+def refuse_quantised(tensors: Mapping[str, TensorEntry], where: str) -> None:
+    """Refuse a VAE in few bits: no latents can be better than what makes them."""
+    if any(entry.dtype.startswith(QUANTISED) for name, entry in tensors.items() if name.endswith(".weight")):
         raise WeightsError(
-            "is quantised (8 bits or fewer), and training needs full weights as its base",
+            "has a VAE that is quantised (8 bits or fewer), and latents need a whole one",
             where=where,
-            remedy="Use the bf16 file of the same model.",
+            remedy='Name a whole one under [model] in the recipe, for example: vae = "Lightricks/LTX-Video:vae".',
+        )
+
+
+def refuse_rotated(header: Header, where: str) -> None:
+    """Refuse the fp8 files of LTX-Video that Lightricks publishes, which are made for kernels of their own.
+
+    Their maker casts without scales and may rotate weights before (Hadamard), which nothing in the file tells: whoever
+    read them as plain casts got noise (Lightricks/ComfyUI-LTXVideo#186).
+    """
+    cast = [
+        name
+        for name in transformer_originals(header)
+        if header.tensors[name].dtype.startswith("F8_") and not scale_of(header.tensors, name)
+    ]
+    if cast and _MADE_FOR_OWN_KERNELS.search(where):
+        raise WeightsError(
+            "is made for Lightricks' own Q8 kernels: its weights may be rotated, and nothing in the file tells",
+            where=where,
+            remedy='Use the bf16 file of the same model, with memory.base_precision = "fp8" for its size in fp8.',
         )
 
 
