@@ -57,6 +57,11 @@ Against = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Keep what --out already holds, measure the rest.")]
 Minutes = Annotated[float | None, typer.Option(min=0, help="Begin no further case after so many minutes.")]
 Calls = Annotated[bool, typer.Option("--calls", help="List also which op a step calls on which tensors.")]
+Gpu = Annotated[
+    str | None,
+    typer.Option("--gpu", metavar="CARD|SIZE", help='For a card that is not here: "RTX 4090", T4, 16GB. No network.'),
+]
+Ram = Annotated[str | None, typer.Option("--ram", metavar="SIZE", help="Beside --gpu: the host's memory; else 32GB.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory; default runs/<recipe name>.")]
 Plain = Annotated[bool, typer.Option("--plain", help="Plain lines instead of a live display.")]
 
@@ -78,10 +83,22 @@ def check(recipe: Recipe, set_: Set = None) -> None:
 
 
 @app.command()
-def plan(recipe: Recipe, set_: Set = None, out: Out = None, calls: Calls = False, plain: Plain = False) -> None:
-    """Decide every number, or list all that is missing. Starts nothing."""
+def plan(
+    recipe: Recipe,
+    set_: Set = None,
+    out: Out = None,
+    gpu: Gpu = None,
+    ram: Ram = None,
+    calls: Calls = False,
+    plain: Plain = False,
+) -> None:
+    """Decide every number, or list all that is missing. Starts nothing. With --gpu for a machine that is not here."""
+    _require_gpu_with_ram(gpu, ram)
     parsed = parse.load(recipe, set_ or ())
-    _engine().plan_only(parsed, out, _screen(plain), calls)
+    if gpu is None:
+        _engine().plan_only(parsed, out, _screen(plain), calls)
+    else:
+        _engine().plan_elsewhere(parsed, out, _screen(plain), gpu, ram, calls)
 
 
 @app.command()
@@ -122,6 +139,11 @@ def kernels(recipe: OptionalRecipe = None, set_: Set = None, plain: Plain = Fals
 def schema() -> None:
     """Print the JSON Schema of recipes, for TOML editors."""
     typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+def _require_gpu_with_ram(gpu: str | None, ram: str | None) -> None:
+    if ram is not None and gpu is None:
+        raise typer.BadParameter("it describes a machine that is not here, and needs its --gpu", param_hint="--ram")
 
 
 def _engine(module: str = "ltxforge.run") -> Any:

@@ -51,6 +51,7 @@ class FileDigests:
             self._is_changed = False
 
     def _read(self) -> dict[str, str]:
+        """What the memo knows; a memo that cannot be read knows nothing."""
         if self._known is None:
             try:
                 found = json.loads(self._memo.read_bytes()) if self._memo else {}
@@ -59,3 +60,10 @@ class FileDigests:
             items = found.items() if isinstance(found, dict) else ()
             self._known = {key: value for key, value in items if isinstance(value, str)}
         return self._known
+
+
+class NoDigests(FileDigests):
+    """For plans that no run follows: nothing is hashed, read or remembered."""
+
+    def of(self, path: Path) -> str:  # noqa: ARG002
+        return ""

@@ -1,15 +1,15 @@
 """Asks the world what the planner must know: device, weights, clips, prompts. Tells all that is missing at once.
 
-Reads; writes nothing but memoised digests and the rendered demo clips, both in the cache directory.
+Reads; writes nothing but memoised digests and the rendered demo clips, both in the cache directory. Whom it asks is a
+`World`: this machine, or one that is assumed (`assumed.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ltxforge import hardware
 from ltxforge.dataset.scan import Clip, enforce_max_rejected, scan
@@ -28,7 +28,7 @@ from ltxforge.plan import ModelPlan, Plan
 from ltxforge.planner import Facts, modalities_of
 from ltxforge.recipe.parse import Parsed
 from ltxforge.recipe.rules import BUILTIN_DATASETS, dataset_id
-from ltxforge.recipe.schema import Dataset, Recipe, parse_size
+from ltxforge.recipe.schema import Dataset, Prompt, Recipe, parse_size
 from ltxforge.signals import StopRequest
 from ltxforge.specs import ModelSpec
 from ltxforge.validation.prompts import PromptEntry, read_library
@@ -59,36 +59,71 @@ def places(parsed: Parsed, out: Path | None) -> Places:
     return Places(name, run.absolute(), cache.absolute(), out is not None)
 
 
+class World:
+    """This machine: its device, its files, and the Hub."""
+
+    def __init__(self, where: Places, previous: Plan | None = None) -> None:
+        self.where, self.previous = where, previous
+
+    def hardware(self) -> hardware.Hardware:
+        return hardware.detect()
+
+    def model(self, recipe: Recipe) -> ModelPlan:
+        return plan_model(**sources_of(recipe), memo_directory=self.where.memo)
+
+    def clips(
+        self, dataset: Dataset, spec: ModelSpec | None, modalities: str, emit: Emit, stop: StopRequest
+    ) -> list[Clip]:
+        is_demo = dataset.path in BUILTIN_DATASETS
+        folder = demo.render(self.where.cache / "builtin" / "shapes") if is_demo else Path(dataset.path)
+        return judged(dataset, folder, spec, modalities, self.where, self.where.memo, emit, stop)
+
+    def library(self, recipe: Recipe) -> list[PromptEntry]:
+        return read_library(Path(recipe.validation.library).expanduser()) if recipe.validation.library else []
+
+    def lora_file(self, recipe: Recipe, emit: Emit) -> LoraFile | None:
+        return lora_file_of(recipe, self.where.memo, self.previous, emit)
+
+    def require_images(self, entries: Sequence[Prompt | PromptEntry], missing: list[LtxforgeError]) -> None:
+        require_images(entries, missing)
+
+
 def gather(parsed: Parsed, where: Places, previous: Plan | None, emit: Emit, stop: StopRequest) -> Facts:
     """Everything the planner needs. Raises one PlanError with every reason why it cannot be had."""
-    recipe = parsed.recipe
+    return ask(World(where, previous), parsed, emit, stop)
+
+
+def ask(world: World, parsed: Parsed, emit: Emit, stop: StopRequest) -> Facts:
+    """What `gather` does, of any world."""
+    recipe, where = parsed.recipe, world.where
     missing: list[LtxforgeError] = []
 
-    def attempt(ask: Callable[[], T]) -> T | None:
+    def attempt(question: Callable[[], T]) -> T | None:
         try:
-            return ask()
+            return question()
         except (PlanError, WeightsError, HubError) as error:
             missing.append(error)
             return None
 
-    model = attempt(lambda: _model(recipe, where.memo))
+    model = attempt(lambda: world.model(recipe))
     spec = spec_of(model) if model else None
     # Without a model, clips are judged as if for video: whatever else is missing must still be told.
-    modalities = attempt(lambda: modalities_of(recipe, spec)) if spec else None
-    judge = partial(_clips, spec=spec, modalities=modalities or "video", where=where, emit=emit, stop=stop)
-    clips = [(d, attempt(lambda d=d: judge(d))) for d in recipe.dataset if d.enabled]
-    library = attempt(lambda: _library(recipe))
-    lora_file = attempt(lambda: _lora_file(recipe, where.memo, previous, emit))
-    _require_images(recipe, library or [], missing)
+    modalities = (attempt(lambda: modalities_of(recipe, spec)) if spec else None) or "video"
+    clips = [
+        (d, attempt(lambda d=d: world.clips(d, spec, modalities, emit, stop))) for d in recipe.dataset if d.enabled
+    ]
+    library = attempt(lambda: world.library(recipe))
+    lora_file = attempt(lambda: world.lora_file(recipe, emit))
+    world.require_images([*recipe.validation.prompt, *(library or [])], missing)
     if missing or model is None or spec is None:
         raise missing[0] if len(missing) == 1 else _all_at_once(missing)
     found = [(dataset, judged or []) for dataset, judged in clips]
     enforce_max_rejected([clip for _, judged in found for clip in judged], recipe.run.max_rejected)
     return Facts(
-        name=where.name, directory=str(where.run), cache_directory=str(where.cache), hardware=hardware.detect(),
+        name=where.name, directory=str(where.run), cache_directory=str(where.cache), hardware=world.hardware(),
         model=model, spec=spec, clips=found, library=library or [], said=parsed.said,
         overridden=parsed.overridden, out_given=where.out_given, warnings=parsed.warnings,
-        previous=previous, lora_file=lora_file,
+        previous=world.previous, lora_file=lora_file,
     )  # fmt: skip
 
 
@@ -97,34 +132,31 @@ def _all_at_once(missing: list[LtxforgeError]) -> PlanError:
     return PlanError(f"{len(missing)} things are missing:\n{lines}")
 
 
-def _model(recipe: Recipe, memo: Path) -> ModelPlan:
+def sources_of(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe says about the model, as `plan_model` takes it."""
     model = recipe.model
-    return plan_model(
-        base=model.base, version=model.version, rope=model.rope, transformer=model.transformer, vae=model.vae,
-        audio_vae=model.audio_vae, vocoder=model.vocoder, connectors=model.connectors,
-        text_encoder=model.text_encoder, memo_directory=memo,
-    )  # fmt: skip
+    return {
+        "base": model.base, "version": model.version, "rope": model.rope, "transformer": model.transformer,
+        "vae": model.vae, "audio_vae": model.audio_vae, "vocoder": model.vocoder, "connectors": model.connectors,
+        "text_encoder": model.text_encoder,
+    }  # fmt: skip
 
 
-def _clips(
-    dataset: Dataset, *, spec: ModelSpec | None, modalities: str, where: Places, emit: Emit, stop: StopRequest
+def judged(
+    dataset: Dataset, folder: Path, spec: ModelSpec | None, modalities: str, where: Places, memo: Path | None,
+    emit: Emit, stop: StopRequest,
 ) -> list[Clip]:  # fmt: skip
-    is_demo = dataset.path in BUILTIN_DATASETS
-    folder = demo.render(where.cache / "builtin" / "shapes") if is_demo else Path(dataset.path)
+    """A dataset's clips with their verdicts; what was found is remembered in `memo` if it is given."""
     return scan(
         folder.expanduser(), dataset_id=dataset_id(dataset), resolution=parse_size(dataset.resolution),
         frames=dataset.frames, fps=dataset.fps or (spec.default_fps if spec else 25.0), windows=dataset.windows,
         buckets=dataset.buckets, max_upscale=dataset.max_upscale,
         factors=(spec.spatial_factor, spec.temporal_factor) if spec else (32, 8), modalities=modalities,
-        emit=emit, stop=stop, memo_directory=where.memo, leave_out=(where.run, where.cache),
+        emit=emit, stop=stop, memo_directory=memo, leave_out=(where.run, where.cache),
     )  # fmt: skip
 
 
-def _library(recipe: Recipe) -> list[PromptEntry]:
-    return read_library(Path(recipe.validation.library).expanduser()) if recipe.validation.library else []
-
-
-def _lora_file(recipe: Recipe, memo: Path, previous: Plan | None, emit: Emit) -> LoraFile | None:
+def lora_file_of(recipe: Recipe, memo: Path | None, previous: Plan | None, emit: Emit) -> LoraFile | None:
     """What `lora.init_from` names; None where a run that has a checkpoint began from it and so needs it no more."""
     if not recipe.lora.init_from:
         return None
@@ -148,17 +180,18 @@ def _lora_file(recipe: Recipe, memo: Path, previous: Plan | None, emit: Emit) ->
     return LoraFile(str(path), _digest(path, memo), lora)
 
 
-def _digest(path: Path, memo: Path) -> str:
+def _digest(path: Path, memo: Path | None) -> str:
     """What names a LoRA file's content; "" if it cannot be read."""
     try:
-        with FileDigests(memo / "weights.json") as digests:
+        with FileDigests(memo and memo / "weights.json") as digests:
             return digest_of(path, digests)
     except OSError:
         return ""
 
 
-def _require_images(recipe: Recipe, library: list[PromptEntry], missing: list[LtxforgeError]) -> None:
-    for entry in [*recipe.validation.prompt, *library]:
+def require_images(entries: Sequence[Prompt | PromptEntry], missing: list[LtxforgeError]) -> None:
+    """Add to `missing` what is wrong with the first frames of validation prompts."""
+    for entry in entries:
         if not entry.image:
             continue
         path = Path(entry.image).expanduser()

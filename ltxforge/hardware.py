@@ -202,17 +202,20 @@ def detect() -> Hardware:
     )  # fmt: skip
 
 
-def assumed(name: str, capability: tuple[int, int], memory_bytes: int, host: int) -> Hardware:
-    """An NVIDIA card that is not here, with nothing else on it: our kernels' Triton and bitsandbytes are taken as
-    installed, versions as they are here.
+def assumed(name: str, arch: int | str, memory_bytes: int, host: int) -> Hardware:
+    """A card that is not here, with nothing else on it: Triton and bitsandbytes are taken as installed, versions as
+    they are here.
 
     Args:
+        arch: 10 · major + minor of NVIDIA's, AMD's name of the chip.
         memory_bytes, host: the card's memory, and the host's beside it.
     """
+    kind, capability = ("cuda", divmod(arch, 10)) if isinstance(arch, int) else ("rocm", (0, 0))
     return Hardware(
-        kind="cuda", name=name, capability=capability, memory_bytes=memory_bytes, has_bf16=capability >= BF16_FROM,
-        threads=torch.get_num_threads(), versions=_versions(None), missing=_missing("cuda", capability),
-        packages=_packages() | {"bitsandbytes", "triton"}, triton=_triton() or "assumed", free_bytes=memory_bytes,
+        kind=kind, name=name, capability=capability, memory_bytes=memory_bytes,
+        has_bf16=kind == "rocm" or capability >= BF16_FROM, threads=torch.get_num_threads(), versions=_versions(None),
+        missing=_missing(kind, capability), packages=_packages() | {"bitsandbytes", "triton"},
+        gfx="" if isinstance(arch, int) else arch, triton=_triton() or "assumed", free_bytes=memory_bytes,
         host_bytes=host, host_free_bytes=host, pins=True, is_assumed=True,
     )  # fmt: skip
 

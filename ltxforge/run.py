@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ltxforge.assumed import Elsewhere, machine
 from ltxforge.dataset import encode
 from ltxforge.dataset.cache import Cache
 from ltxforge.dataset.cached import CachedData
@@ -22,7 +23,7 @@ from ltxforge.events import (
     Note,
     PlanMade,
 )
-from ltxforge.facts import Places, gather, places
+from ltxforge.facts import Places, ask, gather, places
 from ltxforge.flow_matching import sigma_quantiles
 from ltxforge.hardware import torch_device, torch_dtype
 from ltxforge.kernel_calls import calls_of
@@ -71,7 +72,8 @@ def run(parsed: Parsed, out: Path | None, screen: Screen) -> None:
         cache.sweep()
         data = settle_data(plan, model, cache, emit, stop)
         RunDirectory(where.run).save_plan(plan, parsed.text, parsed.overrides)
-        open_session(plan, model, cache, data, log.attempt, emit, stop).train()
+        with contextlib.closing(open_session(plan, model, cache, data, log.attempt, emit, stop)) as session:
+            session.train()
 
 
 def plan_only(parsed: Parsed, out: Path | None, screen: Screen, calls: bool = False) -> None:
@@ -88,12 +90,37 @@ def plan_only(parsed: Parsed, out: Path | None, screen: Screen, calls: bool = Fa
         require_whole(plan.model)
         show_plan(plan, screen)
         if calls:
-            largest = max(plan.data.buckets, key=lambda bucket: (bucket.tokens, bucket.audio_tokens))
-            screen.show(calls_table(calls_of(plan, spec_of(plan.model), largest), str(largest.shape)))
+            show_calls(plan, screen)
         if saved is not None:
             home.require_same_run(saved, plan)
             refuse_if_never(parsed, where)
             emit(Note(_where_it_stands(home, plan.steps)))
+
+
+def plan_elsewhere(
+    parsed: Parsed, out: Path | None, screen: Screen, gpu: str, ram: str | None, calls: bool = False
+) -> None:  # fmt: skip
+    """Print the plan of a recipe for a machine that is not here; asks no network and writes nothing.
+
+    Args:
+        gpu: a card's name or a size; `ram` a size, or None for the usual.
+        calls: as in `plan_only`.
+    """
+    training = parsed.recipe.training
+    world = Elsewhere(places(parsed, out), machine(gpu, ram), training.batch_size * training.accumulate)
+    with StopRequest() as stop, Dispatcher([screen]) as emit:
+        plan = make_plan(parsed.recipe, ask(world, parsed, emit, stop))
+        told = tuple(f"assumed {what}: {why}" for what, why in world.assumptions.items())
+        plan = dataclasses.replace(plan, assumed=tuple(world.assumptions), notes=(*told, *plan.notes))
+        show_plan(plan, screen)
+        if calls:
+            show_calls(plan, screen)
+
+
+def show_calls(plan: Plan, screen: Screen) -> None:
+    """Which op a step of the largest bucket calls on which tensors, and what carries it out."""
+    largest = max(plan.data.buckets, key=lambda bucket: (bucket.tokens, bucket.audio_tokens))
+    screen.show(calls_table(calls_of(plan, spec_of(plan.model), largest), str(largest.shape)))
 
 
 def _where_it_stands(home: RunDirectory, steps: int) -> str:

@@ -131,6 +131,7 @@ class RunDirectory:
 
     def save_plan(self, plan: Plan, recipe_text: str, overrides: Sequence[str]) -> None:
         """Write the plan, and the recipe with a note of what --set changed in it."""
+        assert not plan.assumed, "no run follows a plan that nobody looked at"
         write_json(self.path / "plan.json", to_json(plan))
         note = ""
         if overrides:

@@ -92,7 +92,7 @@ def test_a_container_s_bound_counts(monkeypatch, tmp_path):
     ],
 )
 def test_what_a_card_multiplies_natively(capability, can):
-    card = hardware.assumed("a card", capability, 16 * 2**30, 32 * 2**30)
+    card = hardware.assumed("a card", 10 * capability[0] + capability[1], 16 * 2**30, 32 * 2**30)
     found = {"bf16": card.has_bf16, "fp16": card.has_fp16, "fp8": card.has_fp8, "int8": card.has_int8}
     assert [name for name, has in found.items() if has] == can.split()
     assert card.is_assumed and card.budget_bytes == 16 * 2**30 and card.host_bytes == 32 * 2**30

@@ -20,7 +20,7 @@ CPU = dataclasses.replace(hardware.detect(), kind="cpu", has_bf16=False)
 
 
 def card(*capability: int) -> hardware.Hardware:
-    return hardware.assumed("a card", capability, 16 * 2**30, 32 * 2**30)
+    return hardware.assumed("a card", 10 * capability[0] + capability[1], 16 * 2**30, 32 * 2**30)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def open_hub(repository: str, inside: str, revision: str, digests: FileDigests) 
                 repository, revision=revision or None, files_metadata=True, timeout=TIMEOUT_SECONDS
             )
     except _OfflineError:
-        return _open_cached(repository, inside, revision, digests)
+        return open_cached(repository, inside, revision, digests)
     listing = {
         file.rfilename: HubFile(file.size or 0, file.lfs.sha256 if file.lfs else "") for file in info.siblings or ()
     }
@@ -120,7 +120,7 @@ def open_hub(repository: str, inside: str, revision: str, digests: FileDigests) 
     return HubTree(inside, repository, info.sha or revision, listing)
 
 
-def _open_cached(repository: str, inside: str, revision: str, digests: FileDigests) -> LocalTree:
+def open_cached(repository: str, inside: str, revision: str, digests: FileDigests) -> LocalTree:
     """A snapshot in the cache: the commit, else what the branch last pointed to here, else the newest.
 
     The library's own offline download is of no use: it wants whole repositories, and knows a branch only by downloads

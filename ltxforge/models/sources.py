@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from ltxforge.digests import FileDigests
 from ltxforge.errors import Stopped, WeightsError
 from ltxforge.events import Emit, Note
-from ltxforge.models.hub import fetch_files, open_hub
+from ltxforge.models.hub import fetch_files, open_cached, open_hub
 from ltxforge.models.layout import transformer_config, transformer_layout
 from ltxforge.models.stated import Stated
 from ltxforge.models.stored import measured_spec
@@ -76,11 +76,15 @@ def _nearest(text: str, known: list[str]) -> str:
     return f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(known[:12])}."
 
 
-def open_tree(source: Source, digests: FileDigests) -> Tree:
-    """The files of a local or Hub source. Raises WeightsError or HubError if they cannot be had."""
+def open_tree(source: Source, digests: FileDigests, offline: bool = False) -> Tree:
+    """The files of a local or Hub source; `offline` asks the Hub's cache alone.
+
+    Raises WeightsError or HubError if they cannot be had.
+    """
     assert source.kind != "builtin"
     if source.kind == "hub":
-        return open_hub(source.repository, source.inside, source.revision, digests)
+        opened = open_cached if offline else open_hub
+        return opened(source.repository, source.inside, source.revision, digests)
     path = source.path.absolute()
     if not path.exists():
         near = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []

@@ -60,6 +60,7 @@ def _head(plan: Plan) -> RenderableType:
     return Text.assemble(
         ("Plan ", "bold"), (printable(plan.name), "bold cyan"),
         f"   {counted(plan.steps, 'step')} on {counted(len(plan.data.samples), 'sample')}   seed {plan.seed}",
+        f"   assumed: {', '.join(plan.assumed)}" if plan.assumed else "",
     )  # fmt: skip
 
 
@@ -87,7 +88,8 @@ def _model(plan: Plan) -> list[Row]:
         ("version", model.version, origin("model.version", "")),
         ("rope", f"{model.rope}: latent frame j {formula}", origin("model.rope", "")),
     ]
-    rows += [("parts", f"{', '.join(names)}: {place}", "") for place, names in _parts(plan).items()]
+    whose = "assumed" if "weights" in plan.assumed else ""
+    rows += [("parts", f"{', '.join(names)}: {place}", whose) for place, names in _parts(plan).items()]
     rows += [("recognised by", evidence, "") for evidence in model.evidence]
     rows.append(("licence", " ".join(filter(None, (model.licence, model.licence_url))), ""))
     return rows
@@ -97,8 +99,10 @@ def _parts(plan: Plan) -> dict[str, list[str]]:
     """Where the model's parts come from; those of one place together."""
     places: dict[str, list[str]] = {}
     for name, part in plan.model.components.items():
-        place = f"{part.source}:{part.inside}" if part.inside else part.source
+        place = f"{part.source}:{part.inside}" if part.inside and part.kind != "assumed" else part.source
         details = [part.kind, f"revision {part.revision[:12]}" if part.revision else ""]
+        if part.kind == "assumed" and part.bytes:
+            details.append(size(part.bytes))
         if part.kind == "hub" and not part.location:
             details.append(f"to be downloaded, {size(part.bytes)}")
         places.setdefault(f"{place} ({', '.join(filter(None, details))})", []).append(name.replace("_", " "))
@@ -106,10 +110,10 @@ def _parts(plan: Plan) -> dict[str, list[str]]:
 
 
 def _device(plan: Plan) -> list[Row]:
-    device = plan.device
+    device, whose = plan.device, "assumed" if "device" in plan.assumed else "device"
     versions = ", ".join(f"{name} {version}" for name, version in device.versions.items())
     return [
-        ("device", f"{device.kind} ({device.name})" if device.name else device.kind, "device"),
+        ("device", f"{device.kind} ({device.name})" if device.name else device.kind, whose),
         (
             "precision",
             f"{device.precision} base, fp32 adapter, {device.encoder_precision} encoders",
@@ -128,9 +132,13 @@ def _data(plan: Plan) -> list[Row]:
     data, origin = plan.data, plan.origins.get
     clips = len({sample.clip for sample in data.samples})
     datasets = sorted({sample.dataset for sample in data.samples})
-    conditioning = plan.conditioning
+    conditioning, whose = plan.conditioning, "assumed" if "data" in plan.assumed else ""
     return [
-        ("samples", f"{counted(len(data.samples), 'window')} of {counted(clips, 'clip')}: {', '.join(datasets)}", ""),
+        (
+            "samples",
+            f"{counted(len(data.samples), 'window')} of {counted(clips, 'clip')}: {', '.join(datasets)}",
+            whose,
+        ),
         ("per epoch", f"{counted(data.samples_per_epoch, 'sample')}, {short(plan.steps_per_epoch)} steps", ""),
         ("max rejected", f"{short(100 * data.max_rejected)} % of the clips", origin("run.max_rejected", "")),
         ("sound", _sound(plan), ""),
