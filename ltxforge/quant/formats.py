@@ -47,10 +47,10 @@ class Format:
 FORMATS = {
     format.name: format
     for format in (
-        Format("fp8", "fp8", FLOORS["fp8"], True, 16, 0.02, 0.98),
-        Format("int8", "int8", FLOORS["w8a8"], False, 1, 0.01, 0.99),
-        Format("int8-w8a8", "int8", FLOORS["w8a8"], True, 1, 0.01, 0.99),
-        Format("nf4", "nf4", FLOORS["nf4"], False, 1, 0.05, 0.9),
+        Format("fp8", "fp8", FLOORS["fp8"], True, 16, 0.02, 0.99),
+        Format("int8", "int8", FLOORS["w8a8"], False, 1, 0.005, 0.999),
+        Format("int8-w8a8", "int8", FLOORS["w8a8"], True, 1, 0.005, 0.999),
+        Format("nf4", "nf4", FLOORS["nf4"], False, 1, 0.05, 0.95),
     )
 }
 

@@ -52,15 +52,15 @@ def dequantise(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
 
 
 class Linear(torch.autograd.Function):
-    """x·Wᵀ + b that keeps the packed weight for its gradient, never the one that it multiplies with."""
+    """x·Wᵀ + b that keeps the packed weight for its gradient, never the one that it multiplies with.
+
+    Without `setup_context`: torch.compile (2.13) would count `weight` as one argument where nothing wants a gradient.
+    """
 
     @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, *weight: object) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, bias: Tensor | None, *weight: object) -> Tensor:
+        keep_weight(ctx, weight)
         return linear(x, dequantise(Nf4Weight.of(weight), x.dtype), bias)
-
-    @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:  # noqa: ARG004
-        keep_weight(ctx, inputs[2:])
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
