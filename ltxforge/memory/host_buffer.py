@@ -1,19 +1,19 @@
 """Host memory that a unit of weights waits in: of exactly its size, and locked for a GPU's copies where there is one.
 
-torch's own pinned memory is rounded up to powers of two and kept for later, which would cost up to twice the weights;
-so ordinary memory is locked where it is, and unlocked when the buffer goes.
+torch's own pinned memory is rounded up to powers of two and kept for later, and what malloc was given back it may keep
+too; either could cost as much again as the weights. So pages are asked of the system itself, which gets them back when
+a buffer goes, and locked where they are.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from ltxforge.memory.units import PAGE
 
 # For every CUDA context: cudaHostRegisterPortable.
 PORTABLE = 1
@@ -29,14 +29,20 @@ class HostBuffer:
     """
 
     def __init__(self, length: int, device: torch.device, drain: Callable[[], None]) -> None:
-        whole = torch.empty(length + PAGE, dtype=torch.uint8)
-        first = -whole.data_ptr() % PAGE
-        self.bytes: Tensor = whole[first : first + length]
+        self.bytes = pages(length)
         pointer = self.bytes.data_ptr()
         self.locked = device.type == "cuda" and length > 0 and _lock(pointer, length, device)
         if self.locked:
             unlocked = weakref.finalize(self, _unlock, pointer, drain)
             unlocked.atexit = False  # a process that ends gives everything back by itself
+
+
+def pages(length: int) -> Tensor:
+    """uint8 [length], in pages of its own that go back to the system with it."""
+    if not length:
+        return torch.empty(0, dtype=torch.uint8)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return torch.frombuffer(mmap.mmap(-1, length, **private), dtype=torch.uint8)
 
 
 def _lock(pointer: int, length: int, device: torch.device) -> bool:

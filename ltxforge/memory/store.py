@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ltxforge.errors import DiskFullError, LtxforgeError, PlanError, RunError
-from ltxforge.memory.host_buffer import HostBuffer
+from ltxforge.memory.host_buffer import HostBuffer, pages
 from ltxforge.memory.transfers import Transfers
 from ltxforge.memory.units import STAGES
 
@@ -66,7 +66,9 @@ class HostStore:
         return sum(len(buffer.bytes) for buffer in self._buffers)
 
     def put(self, key: Key, tensor: Tensor) -> None:
-        self._waiting[key] = tensor
+        """Into pages of its own: `seal` gives these back one by one, and whoever read the tensor gets its memory."""
+        held = as_bytes(tensor)
+        self._waiting[key] = pages(len(held)).copy_(held)
 
     def seal(self, units: Sequence[Contents], lengths: Sequence[int]) -> None:
         """One unit after the other, so that only one is there twice; what cannot be locked stays as it is."""
@@ -74,7 +76,7 @@ class HostStore:
             device = torch.device("cpu") if self.notes else self._device
             buffer = HostBuffer(length, device, self._transfers.drain)
             for key, begin in contents:
-                tensor = as_bytes(self._waiting.pop(key))
+                tensor = self._waiting.pop(key)
                 buffer.bytes[begin : begin + len(tensor)].copy_(tensor)
             self._buffers.append(buffer)
             if device.type == "cuda" and not buffer.locked:

@@ -4,8 +4,7 @@ are called.
 One streamer serves block swap and group offload. A module's streamed tensors are None at all other times, so that
 moving, saving or counting a model passes them by. What autograd would keep of a slot is kept as its place in a unit,
 and brought again when it is asked for: no slot is read after it was overwritten. Copies go one way; frozen weights are
-never written back. Blocks whose weights are streamed must be recomputed (`recompute.py`); who does it is
-`strategy.py`'s business.
+never written back. Whoever has autograd keep anything of a streamed block must use `pack` and `unpack` (`strategy.py`).
 """
 
 from __future__ import annotations
@@ -120,7 +119,7 @@ class Streamer:
 
     While it is loaded its parked tensors go to `park`; `attach` then takes its modules. `run` computes a block with its
     weights in place; blocks and layers that are called themselves, as diffusers' own forward does when it samples,
-    bring theirs by hooks. `pack` and `unpack` are for `recomputed`.
+    bring theirs by hooks. `pack` and `unpack` are hooks for what autograd saves meanwhile.
     """
 
     def __init__(self, plan: StreamPlan, device: torch.device, transfers: Transfers | None = None) -> None:

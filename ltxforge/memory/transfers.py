@@ -76,7 +76,8 @@ class Streams:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(free)
             slot[: len(source)].copy_(source, non_blocking=True)
-            return self._stream.record_event()
+            # Who waits for it on the host, the thread that reads a disk, sleeps meanwhile.
+            return self._stream.record_event(torch.cuda.Event(blocking=True))
 
     def wait(self, copied: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self._device).wait_event(copied)

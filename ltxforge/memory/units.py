@@ -13,7 +13,7 @@ from ltxforge.plan import StreamPlan
 
 # Where a tensor may begin in a unit's buffer: any dtype can be viewed there, and loads are as wide as they can be.
 ALIGNMENT = 256
-# Memory is locked page by page; a buffer begins at a page of its own.
+# A buffer on the host has pages of its own.
 PAGE = 4096
 # With copies beside the computation one unit is computed with while the next one arrives, and read while one leaves.
 SLOTS, STAGES = 2, 2
@@ -58,7 +58,7 @@ def slot_bytes(stream: StreamPlan, lengths: Sequence[int]) -> int:
 
 def host_bytes(stream: StreamPlan, lengths: Iterable[int]) -> int:
     """Bytes of host memory that waiting units take, of these whole lengths; on a disk, those of its stages."""
-    held = [length + PAGE for length in lengths]
+    held = [-(-length // PAGE) * PAGE for length in lengths]
     if not stream.disk:
         return sum(held)
     return min(STAGES if stream.overlapped else 1, len(held)) * max(held, default=0)

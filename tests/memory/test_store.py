@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -103,11 +104,49 @@ def test_a_fault_in_reading_ahead_shows(tmp_path, monkeypatch):
     store.close()
 
 
-def test_buffers_begin_at_a_page_and_are_no_larger_than_they_must():
+def test_buffers_have_pages_of_their_own_and_no_more_than_they_must():
     for length in (0, 256, PAGE, 10 * PAGE + 512):
         buffer = HostBuffer(length, CPU, lambda: None)
         assert len(buffer.bytes) == length and buffer.bytes.data_ptr() % PAGE == 0 and not buffer.locked
-        assert buffer.bytes.untyped_storage().nbytes() == length + PAGE
+        assert buffer.bytes.untyped_storage().nbytes() == length
+
+
+PEAK = """
+import sys, torch
+from ltxforge.memory.store import HostStore
+from ltxforge.memory.transfers import Plain
+
+def kilobytes(name):
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name))
+
+store, size = HostStore(torch.device("cpu"), Plain()), 5 * 2**20
+given = torch.ones(size, dtype=torch.uint8)
+before = kilobytes("VmRSS")
+for number in range(40):
+    store.put((number // 2, f"{number % 2}.weight"), given)
+loaded = kilobytes("VmRSS")
+store.seal([[((block, "0.weight"), 0), ((block, "1.weight"), size)] for block in range(20)], [2 * size] * 20)
+print(*(round((at - before) / 1024) for at in (loaded, kilobytes("VmHWM"), kilobytes("VmRSS"))))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
+def test_the_host_never_holds_the_weights_twice():
+    """Loaded, at the peak and in the end, in MiB: the weights, one unit beside them, and nothing else of note."""
+    told = subprocess.run([sys.executable, "-c", PEAK], check=True, capture_output=True, timeout=120).stdout
+    loaded, peak, held = map(int, told.split())
+    assert 200 <= loaded <= 215 and 200 <= held <= 215
+    assert peak <= 225
+
+
+def test_a_disk_holds_no_tensor_that_it_was_given(tmp_path):
+    store = DiskStore(tmp_path, CPU, Plain())
+    tensor = torch.zeros(10)
+    given = weakref.ref(tensor)
+    store.put((0, "weight"), tensor)
+    del tensor
+    assert given() is None
 
 
 def test_a_disk_keeps_no_name_and_holds_no_more_than_its_stages(tmp_path):

@@ -34,14 +34,14 @@ def test_tensors_begin_where_any_dtype_can():
 
 
 def test_bytes_of_slots_and_of_the_host():
-    lengths = [512, 1024, 768]
+    lengths = [512, PAGE, PAGE + 256]
     overlapped, plain = StreamPlan(groups(3, 1)), StreamPlan(groups(3, 1), overlapped=False)
-    assert slot_bytes(overlapped, lengths) == 2048 and slot_bytes(plain, lengths) == 1024
+    assert slot_bytes(overlapped, lengths) == 2 * (PAGE + 256) == 2 * slot_bytes(plain, lengths)
     assert slot_bytes(overlapped, lengths[:1]) == 512, "a second slot would never be filled"
-    assert host_bytes(overlapped, lengths) == host_bytes(plain, lengths) == 2304 + 3 * PAGE
+    assert host_bytes(overlapped, lengths) == host_bytes(plain, lengths) == 4 * PAGE
     disk = StreamPlan(groups(3, 1), disk="/fast")
-    assert host_bytes(disk, lengths) == 2 * (1024 + PAGE)
-    assert host_bytes(StreamPlan(groups(3, 1), overlapped=False, disk="/fast"), lengths) == 1024 + PAGE
+    assert host_bytes(disk, lengths) == 4 * PAGE
+    assert host_bytes(StreamPlan(groups(3, 1), overlapped=False, disk="/fast"), lengths) == 2 * PAGE
 
 
 def test_counting_needs_no_torch():
