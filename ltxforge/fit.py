@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import product
 
+from ltxforge.cards import Card
 from ltxforge.memory.costs import (
     CONTEXT_BYTES,
     RESERVED_SHARE,
@@ -40,6 +41,8 @@ WORTH_TELLING = 0.03
 """How much faster the next choice must be to be told."""
 SYSTEM_BYTES = 2 * 2**30
 """What the operating system and a desktop keep of the host's memory."""
+UNLIMITED = 2**60
+"""Bytes of a memory of which nobody said how large it is."""
 BASE_PRECISIONS = ("bf16", "int8", "nf4")
 """What may be chosen, best first. fp8 and int8-w8a8 round activations as well: they must be asked for."""
 OPTIMIZERS = ("adamw", "adamw8bit")
@@ -62,10 +65,26 @@ class Budget:
         """Whether a phase fits."""
         return phase.host_bytes <= self.host and (self.device is None or phase.device_bytes <= self.device)
 
+    @property
+    def hard(self) -> Budget:
+        """What no run gets past: without the allocator's margin and the system's."""
+        device = None if self.device is None else max(0, self.whole_device - CONTEXT_BYTES)
+        return replace(self, device=device, host=self.whole_host)
+
     def excess(self, phase: PhasePlan) -> int:
         """By how many bytes a phase is too large, on the device or on the host; below 0 what is left."""
         on_host = phase.host_bytes - self.host
         return on_host if self.device is None else max(on_host, phase.device_bytes - self.device)
+
+
+def rates_of(card: Card) -> Rates:
+    """A card's rates; what it has no units for runs as fp32 does."""
+    half = card.bf16 or card.fp32, card.fp16 or card.fp32
+    return Rates(*half, card.fp32, card.memory_gbs, card.bus_gbs, int8=card.int8, fp8=card.fp8)
+
+
+CPU_RATES = Rates(bf16=0.5, fp16=0.25, fp32=0.5, memory=40, bus=20)
+"""Of a usual CPU, by order of magnitude: only ratios are made of it."""
 
 
 def budget_of(device: int, host: int, *, shared: bool) -> Budget:
@@ -188,6 +207,18 @@ class Search:
             return None
         need, other = min(chosen, key=lambda each: (max(0, each[0][0]) + max(0, each[0][1]), each[1].seconds))
         return self._finished(other), max(0, need[0]), max(0, need[1])
+
+    def plain(self) -> Way:
+        """What is asked for, with nothing chosen."""
+        return self._way(self.asked.optimizers[0], self.asked.memory)
+
+    def leanest(self) -> Way:
+        """The way that takes least of the device: what a refusal speaks of."""
+        asked, memory = self.asked, self.memory(
+            self.asked.base_precisions[-1], self.asked.disks[-1], self.asked.offloads[-1], self._counts()[-1],
+            self._most_again,
+        )  # fmt: skip
+        return self._way(asked.optimizers[-1], memory)
 
     def fits(self, way: Way) -> bool:
         """Whether every phase fits."""

@@ -354,6 +354,7 @@ class Estimates:
 
     `caption_bytes` is what one caption weighs in the cache as the plan keeps it; `text_bytes` the same for each choice
     of `CachePlan.text`, empty for a model without connectors. See `estimates.caption_bytes` for what is guessed.
+    `phases` are in the order in which a run meets them; `choices` says in words how `memory.fit` chose.
     """
 
     cache_bytes: int = 0
@@ -363,6 +364,7 @@ class Estimates:
     lora_bytes: int = 0
     download_bytes: int = 0
     phases: tuple[PhasePlan, ...] = ()
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

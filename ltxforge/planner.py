@@ -20,6 +20,8 @@ from ltxforge.exactness import exactness_of
 from ltxforge.kernel_choices import asked_for, choose_kernels, used_ops
 from ltxforge.lora.init_from import LoraFile, require_trainable
 from ltxforge.lora.targets import match
+from ltxforge.memory_choice import Case, CostsOf, Decision, decide
+from ltxforge.memory_wishes import stored_format, wishes_of
 from ltxforge.modalities import has
 from ltxforge.moments import MOMENTS
 from ltxforge.plan import (
@@ -32,7 +34,6 @@ from ltxforge.plan import (
     DevicePlan,
     FlowPlan,
     LoraPlan,
-    MemoryPlan,
     ModelPlan,
     OptimizerPlan,
     Plan,
@@ -40,7 +41,6 @@ from ltxforge.plan import (
     SamplePlan,
     TrainingPlan,
     ValidationPlan,
-    every_nth,
 )
 from ltxforge.plan_notes import notes_on
 from ltxforge.precision import loss_scale, precisions
@@ -62,7 +62,8 @@ class Facts:
 
     `clips` holds each enabled dataset's scan, in the recipe's order; `said` the dotted keys that the user wrote,
     `overridden` those of them that came with --set; `previous` the plan of the run that is continued, if it has a
-    checkpoint; `lora_file` what `lora.init_from` names, unless that run began from it already.
+    checkpoint; `lora_file` what `lora.init_from` names, unless that run began from it already. `costs_of` tells what a
+    drafted plan takes in memory and time; without it nothing is refused for its size, and nothing fitted.
     """
 
     name: str
@@ -79,19 +80,46 @@ class Facts:
     warnings: tuple[str, ...] = ()
     previous: Plan | None = None
     lora_file: LoraFile | None = None
+    costs_of: CostsOf | None = None
 
 
 def make_plan(recipe: Recipe, facts: Facts) -> Plan:
-    """Decide every number. Raises PlanError when there is nothing to train on or nothing to train."""
+    """Decide every number.
+
+    Raises:
+        PlanError: there is nothing to train on, nothing to train, or no way to make it fit.
+    """
+    case = Case(
+        facts.hardware, facts.spec, facts.previous, facts.cache_directory, stored_format(facts.model), facts.costs_of,
+        lambda other: _draft(other, _facts_for(other, recipe, facts)),
+    )  # fmt: skip
+    draft = _draft(recipe, facts)
+    decision = decide(recipe, draft, case)
+    plan = _with_memory(draft, decision, recipe, facts)
+    matched = match(plan.lora.targets, facts.spec, plan.lora.modalities, plan.training.modalities)
+    if facts.lora_file:
+        require_trainable(facts.lora_file, plan.lora, matched, facts.spec, plan.training.modalities)
+    estimates = estimate(plan, facts.spec, matched.tensor_sizes(plan.lora.rank))
+    told = notes_on(plan, facts.spec, matched, _unread(recipe, facts), bool(recipe.validation.stg), facts.lora_file)
+    return replace(
+        plan,
+        estimates=replace(estimates, phases=decision.phases, choices=decision.words),
+        notes=(*facts.warnings, *facts.hardware.missing, *decision.notes, *told),
+    )
+
+
+def _draft(recipe: Recipe, facts: Facts) -> Plan:
+    """The plan but for its memory, which is as the recipe says, and for what follows from it."""
     spec, modalities = facts.spec, modalities_of(recipe, facts.spec)
     _require_device(spec, facts.hardware)
     data = _data(recipe, facts, modalities)
     per_epoch = data.batches_per_epoch(recipe.training.batch_size) / recipe.training.accumulate
     steps = recipe.run.steps or max(1, math.ceil((recipe.run.epochs or 1) * per_epoch))
-    optimizer = _optimizer(recipe, facts.hardware, steps, facts.previous)
     every = recipe.checkpoint.every or min(250, steps)
-    kernels = _kernels(recipe, facts, modalities)
-    plan = Plan(
+    stored = stored_format(facts.model)
+    asked = wishes_of(recipe, facts.hardware, spec, facts.previous, facts.cache_directory, stored)
+    kernels = _kernels(recipe, facts, modalities, asked.base_precisions)
+    return Plan(
         name=facts.name,
         seed=recipe.run.seed,
         steps=steps,
@@ -108,9 +136,9 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         flow=_flow(recipe),
         conditioning=_conditioning(recipe, spec),
         lora=_lora(recipe, modalities, facts),
-        optimizer=optimizer,
+        optimizer=_optimizer(recipe, facts.hardware, steps, facts.previous, asked.optimizers[0]),
         training=_training(recipe, modalities),
-        memory=MemoryPlan(checkpointed=_checkpointed(recipe, facts.hardware, spec.blocks)),
+        memory=asked.memory,
         checkpoint=CheckpointPlan(every, recipe.checkpoint.keep),
         validation=_validation(recipe, facts, every),
         directory=facts.directory,
@@ -118,18 +146,39 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         audio=AudioPlan(recipe.audio.sigma, recipe.audio.loss_weight) if has(modalities, "audio") else None,
         origins=_origins(recipe, facts),
     )
-    matched = match(plan.lora.targets, spec, plan.lora.modalities, modalities)
-    if facts.lora_file:
-        require_trainable(facts.lora_file, plan.lora, matched, spec, modalities)
+
+
+def _with_memory(draft: Plan, decision: Decision, recipe: Recipe, facts: Facts) -> Plan:
+    """The draft with what was decided about its memory, and with the ops that such a base needs."""
+    modalities, steps = draft.training.modalities, draft.steps
+    kernels = _kernels(recipe, facts, modalities, (decision.memory.base_precision,))
+    chosen = {key: "fit" for key in decision.chosen if draft.origins[key] not in ("recipe", "--set")}
     return replace(
-        plan,
-        estimates=estimate(plan, spec, matched.tensor_sizes(plan.lora.rank)),
-        notes=(
-            *facts.warnings,
-            *facts.hardware.missing,
-            *notes_on(plan, spec, matched, _unread(recipe, facts), bool(recipe.validation.stg), facts.lora_file),
-        ),
+        draft,
+        memory=decision.memory,
+        kernels=kernels,
+        device=_device(recipe, facts, kernels, draft.data, modalities),
+        optimizer=_optimizer(recipe, facts.hardware, steps, facts.previous, decision.optimizer),
+        origins=draft.origins | chosen,
     )
+
+
+def _facts_for(other: Recipe, recipe: Recipe, facts: Facts) -> Facts:
+    """The same facts for a recipe whose datasets have other sizes and lengths: each clip at its dataset's own."""
+    enabled = [dataset for dataset in other.dataset if dataset.enabled]
+    if other.dataset == recipe.dataset:
+        return facts
+    clips = [
+        (dataset, [_resized(clip, dataset) for clip in found])
+        for dataset, (_, found) in zip(enabled, facts.clips, strict=True)
+    ]
+    return replace(facts, clips=clips)
+
+
+def _resized(clip: Clip, dataset: Dataset) -> Clip:
+    """A clip as its dataset would have it, in the largest of its buckets."""
+    shape = ClipShape(*parse_size(dataset.resolution), dataset.frames)
+    return replace(clip, shape=shape) if clip.shape else clip
 
 
 def _require_device(spec: ModelSpec, hardware: Hardware) -> None:
@@ -233,12 +282,12 @@ def _conditioning(recipe: Recipe, spec: ModelSpec) -> ConditioningPlan:
     return ConditioningPlan(conditioning.first_frame, conditioning.caption_dropout, tokens)
 
 
-def _kernels(recipe: Recipe, facts: Facts, modalities: str) -> Kernels:
+def _kernels(recipe: Recipe, facts: Facts, modalities: str, base_precisions: Sequence[str]) -> Kernels:
     """A run that goes on keeps its own where it can, unless the recipe says another."""
     dtypes = precisions(recipe, facts.hardware, facts.previous)
+    ops = dict.fromkeys(op for base in base_precisions for op in used_ops(modalities, base))
     return choose_kernels(
-        used_ops(modalities, recipe.memory.base_precision or "bf16"), facts.hardware.machine, *dtypes,
-        asked=asked_for(recipe.kernels), spec=facts.spec,
+        tuple(ops), facts.hardware.machine, *dtypes, asked=asked_for(recipe.kernels), spec=facts.spec,
         previous=facts.previous.kernels if facts.previous else None, rank=recipe.lora.rank,
     )  # fmt: skip
 
@@ -278,14 +327,14 @@ def _lora(recipe: Recipe, modalities: str, facts: Facts) -> LoraPlan:
     )  # fmt: skip
 
 
-def _optimizer(recipe: Recipe, hardware: Hardware, steps: int, previous: Plan | None) -> OptimizerPlan:
+def _optimizer(recipe: Recipe, hardware: Hardware, steps: int, previous: Plan | None, name: str) -> OptimizerPlan:
     """The schedule's length is fixed when the run is first planned, unless the recipe says it: `steps` may be raised
     later without changing the rate of a step that is planned already.
     """
-    optimizer, moments = recipe.optimizer, MOMENTS[recipe.optimizer.name]
-    if optimizer.name != "adamw" and "bitsandbytes" not in hardware.packages:
+    optimizer, moments = recipe.optimizer, MOMENTS[name]
+    if name != "adamw" and "bitsandbytes" not in hardware.packages:
         raise PlanError(
-            f'optimizer.name = "{optimizer.name}" needs the package bitsandbytes, which is not installed',
+            f'optimizer.name = "{name}" needs the package bitsandbytes, which is not installed',
             remedy='pip install bitsandbytes (it has no build for macOS), or set optimizer.name = "adamw".',
         )
     warmup, decay_steps = optimizer.warmup_steps, steps
@@ -308,7 +357,7 @@ def _optimizer(recipe: Recipe, hardware: Hardware, steps: int, previous: Plan | 
             remedy="Lower warmup_steps or train longer.",
         )
     return OptimizerPlan(
-        name=optimizer.name, learning_rate=optimizer.learning_rate,
+        name=name, learning_rate=optimizer.learning_rate,
         betas=tuple(optimizer.betas or moments.betas),  # type: ignore[arg-type]
         epsilon=optimizer.epsilon if moments.has_epsilon else 0.0,
         weight_decay=optimizer.weight_decay, schedule=optimizer.schedule, warmup_steps=warmup,
@@ -324,25 +373,6 @@ def _training(recipe: Recipe, modalities: str) -> TrainingPlan:
     return TrainingPlan(
         training.batch_size, training.accumulate, norm, training.clip_value, modalities, training.compile
     )
-
-
-def _checkpointed(recipe: Recipe, hardware: Hardware, blocks: int) -> tuple[int, ...]:
-    return every_nth(_checkpointing(recipe, hardware), blocks)
-
-
-def _checkpointing(recipe: Recipe, hardware: Hardware) -> int:
-    """On for GPUs by default. On Apple's, torch does not put the device's random state back before it recomputes, so
-    dropout would draw another mask there and the gradients would be silently wrong.
-    """
-    said, dropout = recipe.memory.checkpointing, recipe.lora.dropout > 0
-    if hardware.kind == "mps" and dropout:
-        if said:
-            raise PlanError(
-                "lora.dropout with memory.checkpointing gives wrong gradients on Apple GPUs",
-                remedy="Set memory.checkpointing = false or lora.dropout = 0.",
-            )
-        return 0
-    return int(hardware.kind != "cpu") if said is None else int(said)
 
 
 def _validation(recipe: Recipe, facts: Facts, save_every: int) -> ValidationPlan:

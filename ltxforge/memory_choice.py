@@ -1,0 +1,211 @@
+"""How a run's memory is decided: what the recipe wishes, what `fit` chooses, and a refusal of what cannot fit. Pure.
+
+`planner.py` gives a draft of the plan in which everything else is decided, and a way to draft the recipe with other
+keys. Where nobody can say what a run costs (`CostsOf`), only the wishes are carried out. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ltxforge.cards import card_of
+from ltxforge.errors import PlanError
+from ltxforge.fit import CPU_RATES, UNLIMITED, Asked, Budget, Search, Way, rates_of, recomputed_blocks
+from ltxforge.memory.combinations import refusal
+from ltxforge.memory.costs import Costs, Rates, phases, precision_key
+from ltxforge.memory_wishes import GPUS, STREAMED_FOLDER, budget_for, memory_remarks, wishes_of
+from ltxforge.memory_words import too_large, words_on
+from ltxforge.plan import MemoryPlan, PhasePlan, Plan
+from ltxforge.recipe.schema import Recipe, parse_capacity
+from ltxforge.remedies import Remedy, axes_of, changed, remedies
+from ltxforge.specs import ModelSpec
+
+if TYPE_CHECKING:
+    from ltxforge.hardware import Hardware
+
+CostsOf = Callable[[Plan, ModelSpec, Asked], Costs]
+"""What the run of a drafted plan costs, for every base precision, text encoder and tile that is in question."""
+Draft = Callable[[Recipe], Plan]
+"""A recipe's plan with everything decided but its memory."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided, what every phase then takes, why, and what the reader should know.
+
+    `chosen` are the dotted keys that `fit` decided.
+    """
+
+    memory: MemoryPlan
+    optimizer: str
+    phases: tuple[PhasePlan, ...] = ()
+    words: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    chosen: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One machine and one model, for which recipes are judged.
+
+    Attributes:
+        stored: the format that the transformer's weights come in, "" where they are whole.
+        draft: drafts another recipe's plan.
+        costs_of: what a drafted plan costs; None where nobody knows.
+    """
+
+    hardware: Hardware
+    spec: ModelSpec
+    previous: Plan | None
+    cache_directory: str
+    stored: str
+    costs_of: CostsOf | None
+    draft: Draft
+
+    def wishes(self, recipe: Recipe) -> Asked:
+        """See `wishes_of`."""
+        return wishes_of(recipe, self.hardware, self.spec, self.previous, self.cache_directory, self.stored)
+
+    @property
+    def rates(self) -> Rates:
+        """How fast the device is, as far as tables know."""
+        if self.hardware.kind not in GPUS:
+            return CPU_RATES
+        return rates_of(card_of(self.hardware.name, self.hardware.memory_bytes, self.hardware.machine.arch))
+
+
+def decide(recipe: Recipe, plan: Plan, case: Case) -> Decision:
+    """Decide how a drafted plan's model is made to fit.
+
+    Raises:
+        PlanError: the wishes exclude each other, or nothing that they leave open makes every phase fit.
+    """
+    asked = case.wishes(recipe)
+    notes = memory_remarks(recipe, asked.memory, case.hardware)
+    if case.costs_of is None:
+        return Decision(_legal(asked.memory, recipe, case), asked.optimizers[0], notes=notes)
+    costs = case.costs_of(plan, case.spec, asked)
+    asked = _within_budget(recipe, asked, costs)
+    _legal(asked.memory, recipe, case)
+    search = Search(costs, asked, budget_for(recipe, case.hardware), case.rates)
+    if recipe.memory.fit is None:
+        way = search.plain()
+        found = phases(costs, way.memory, way.optimizer)
+        limits = search.budget.hard
+        if any(not limits.holds(phase) for phase in found):
+            raise _does_not_fit(recipe, plan, search, case, max(found, key=limits.excess), limits)
+        return Decision(way.memory, way.optimizer, found, notes=(*notes, *_close(search.budget, found)))
+    way = search.best()
+    if way is None:
+        leanest = search.leanest()
+        worst = max(phases(costs, leanest.memory, leanest.optimizer), key=search.budget.excess)
+        raise _does_not_fit(recipe, plan, search, case, worst, search.budget)
+    budget = search.budget.whole_device, search.budget.whole_host
+    memory = replace(way.memory, budget=tuple(0 if each >= UNLIMITED else each for each in budget))
+    _legal(memory, recipe, case)
+    words = words_on(search, way, _assumed(case))
+    return Decision(memory, way.optimizer, phases(costs, memory, way.optimizer), words, notes, _chosen(asked))
+
+
+def _legal(memory: MemoryPlan, recipe: Recipe, case: Case) -> MemoryPlan:
+    """The memory's plan, if its parts go together."""
+    if why := refusal(memory, recipe.training.compile, case.spec.blocks, case.hardware.compile_lacks):
+        raise PlanError(why, remedy="Leave one of them out.")
+    return memory
+
+
+def _within_budget(recipe: Recipe, asked: Asked, costs: Costs) -> Asked:
+    """The blocks that an activation budget keeps: as many as it holds, spread over the model."""
+    if recipe.memory.activation_budget is None:
+        return asked
+    each = costs.works[precision_key(asked.memory)].kept.stays
+    kept = min(costs.blocks, parse_capacity(recipe.memory.activation_budget) // max(1, each))
+    again = recomputed_blocks(costs.blocks - kept, costs.blocks)
+    return replace(asked, memory=replace(asked.memory, checkpointed=again))
+
+
+def _close(budget: Budget, found: tuple[PhasePlan, ...]) -> tuple[str, ...]:
+    """A word where what fits by the estimate leaves the allocator no room."""
+    worst = max(found, key=budget.excess)
+    if budget.holds(worst):
+        return ()
+    return (f"memory is tight, and what the allocator holds back may be too much: {too_large(budget, worst)}",)
+
+
+def _does_not_fit(
+    recipe: Recipe, plan: Plan, search: Search, case: Case, worst: PhasePlan, limits: Budget
+) -> PlanError:  # fmt: skip
+    """The refusal: the phase that binds, its parts, and the two cheapest changes that would make everything fit."""
+    folder = str(Path(case.cache_directory, STREAMED_FOLDER))
+    axes = axes_of(
+        recipe, plan, case.spec, on_gpu=case.hardware.kind in GPUS, packages=case.hardware.packages, folder=folder,
+        goes_on=case.previous is not None,
+    )  # fmt: skip
+    asked_for = search.leanest() if recipe.memory.fit else search.plain()
+    found = remedies(axes, lambda sets: _seconds_with(sets, recipe, search, case), asked_for.seconds)
+    told = "\n  ".join(_told(remedy, asked_for.seconds) for remedy in found)
+    return PlanError(
+        f"this does not fit: {too_large(limits, worst)}",
+        remedy=f"{'What would fit' if told else 'No change of memory, size or rank that is known here makes it fit'}"
+        + (f":\n  {told}" if told else ". It needs a larger machine."),
+    )
+
+
+def _told(remedy: Remedy, seconds: float) -> str:
+    share = remedy.seconds / seconds
+    return f"{remedy.arguments}   (a step takes about {share:.2f}x of its time)"
+
+
+def _seconds_with(sets: Mapping[str, Any], recipe: Recipe, search: Search, case: Case) -> float | None:
+    """The seconds of a step with these keys changed; None if it does not fit or cannot be had."""
+    assert case.costs_of is not None
+    try:
+        other = changed(recipe, sets)
+        plan, asked = case.draft(other), case.wishes(other)
+        same_work = all(key.startswith(("memory.", "optimizer.")) for key in sets)
+        known = search.costs if same_work and _is_priced(asked, search.costs) else None
+        costs = known or case.costs_of(plan, case.spec, asked)
+        asked = _within_budget(other, asked, costs)
+    except (PlanError, ValueError):
+        return None
+    if refusal(asked.memory, other.training.compile, case.spec.blocks, case.hardware.compile_lacks):
+        return None
+    trial = replace(search, costs=costs, asked=asked)
+    if other.memory.fit is not None:
+        way = trial.best()
+        return way.seconds if way else None
+    plain: Way = trial.plain()
+    return plain.seconds if trial.fits(plain) else None
+
+
+def _is_priced(asked: Asked, costs: Costs) -> bool:
+    """Whether costs that are known cover what is in question."""
+    keys = {precision_key(replace(asked.memory, base_precision=base, double_quant=asked.double_quant))
+            for base in asked.base_precisions}  # fmt: skip
+    encoders = not costs.captions or set(asked.text_encoders) <= costs.captions.keys()
+    return keys <= costs.works.keys() and encoders and (not costs.decodes or set(asked.tiles) <= costs.decodes.keys())
+
+
+def _chosen(asked: Asked) -> frozenset[str]:
+    open_keys = {
+        "memory.base_precision": len(asked.base_precisions) > 1,
+        "memory.block_swap": asked.streams,
+        "memory.checkpointing": asked.recomputes,
+        "memory.offload_activations": len(asked.offloads) > 1,
+        "memory.offload_to_disk": len(asked.disks) > 1,
+        "memory.text_encoder_precision": len(asked.text_encoders) > 1,
+        "memory.decode": len(asked.tiles) > 1,
+        "optimizer.name": len(asked.optimizers) > 1,
+    }
+    return frozenset(key for key, is_open in open_keys.items() if is_open)
+
+
+def _assumed(case: Case) -> str:
+    """Whose rates were taken, where the device is not in the table or has no rates of its own."""
+    if case.hardware.kind not in GPUS:
+        return "a usual CPU"
+    card = card_of(case.hardware.name, case.hardware.memory_bytes, case.hardware.machine.arch)
+    return f"{card.name}, the nearest card that is known" if card.assumed else card.name

@@ -1,0 +1,145 @@
+"""The choice of a run's memory in words: what binds, what was chosen, what it costs, what would be faster. Pure.
+
+GB are 2^30 bytes here, as cards are sold. Decides nothing; torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ltxforge.fit import HAIR, Budget, Search, Way
+from ltxforge.memory.costs import phases, step_seconds
+from ltxforge.plan import MemoryPlan, PhasePlan, StreamPlan
+
+LARGEST_PARTS = 4
+
+
+def gigabytes(count: int) -> str:
+    """`"3.1 GB"`, of 2^30 bytes."""
+    return f"{count / 2**30:.1f} GB" if abs(count) >= 0.95 * 2**30 else f"{count / 2**20:.0f} MB"
+
+
+def words_on(search: Search, way: Way, assumed: str) -> tuple[str, ...]:
+    """Why this way, what it costs in time, and the next faster one.
+
+    Args:
+        assumed: whose rates the seconds follow from, "" where they are the device's own.
+    """
+    return tuple(_words_on(search, way, assumed))
+
+
+def _words_on(search: Search, way: Way, assumed: str) -> Iterator[str]:
+    resident = _resident(search)
+    worst = _binding(search, resident)
+    if (excess := search.budget.excess(worst)) > 0:
+        yield (
+            f"everything resident does not fit: {worst.name} would take {gigabytes(_taken(search.budget, worst))},"
+            f" {gigabytes(excess)} more than there is"
+        )
+    else:
+        yield f"everything resident fits: {worst.name}, the largest phase, leaves {gigabytes(-excess)}"
+    if way.memory != search.asked.memory or way.optimizer != search.asked.optimizers[0]:
+        yield f"chosen: {describe(way, search.costs.blocks)}"
+    whole = step_seconds(search.costs, resident.memory, resident.optimizer, search.rates)
+    share = way.seconds / whole
+    yield (
+        "a step takes as long as with everything resident" if share <= 1 + HAIR
+        else f"a step takes about {share:.2f}x of the time that it takes with everything resident"
+    ) + (f" (assumed, by the rates of {assumed})" if assumed else " (an estimate)")  # fmt: skip
+    if (faster := search.next_faster(way)) is not None:
+        yield next_faster(way, *faster, search.costs.blocks)
+
+
+def next_faster(way: Way, other: Way, device: int, host: int, blocks: int) -> str:
+    """What would be faster, and what it needs: "with 3.1 GB more on the device: no blocks swapped, 1.24x faster"."""
+    places = (device, "on the device"), (host, "on the host")
+    needed = [f"{gigabytes(more)} more {where}" for more, where in places if more]
+    changes = ", ".join(_changes(way, other, blocks)) or "the same with fewer copies"
+    return f"with {' and '.join(needed) or 'what there is'}: {changes}, {way.seconds / other.seconds:.2f}x faster"
+
+
+def describe(way: Way, blocks: int) -> str:
+    """A way in words: "nf4 base, 20 of 48 blocks swapped, all blocks computed again, adamw8bit"."""
+    memory = way.memory
+    parts = [
+        f"{memory.base_precision} base" if memory.base_precision != "bf16" else "base not quantised",
+        swapped(memory.stream, blocks),
+        recomputed(memory, blocks),
+        "activations on the host" if memory.offload_activations else "",
+        way.optimizer,
+        f"samples decoded in tiles of {memory.decode_tile} pixels" if memory.decode_tile else "",
+        f"text encoder in {memory.text_encoder_precision}" if memory.text_encoder_precision != "bf16" else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def swapped(stream: StreamPlan | None, blocks: int) -> str:
+    """What is streamed, and from where."""
+    if stream is None:
+        return "no blocks swapped"
+    where = "on disk" if stream.disk else "on the host"
+    count = len(stream.blocks)
+    return f"{'all' if count == blocks else f'{count} of {blocks}'} blocks wait {where}"
+
+
+def recomputed(memory: MemoryPlan, blocks: int) -> str:
+    """Which blocks are computed again in the backward pass."""
+    count = len(memory.checkpointed)
+    return {0: "no block computed again", blocks: "all blocks computed again"}.get(
+        count, f"{count} of {blocks} blocks computed again"
+    )
+
+
+def too_large(search_budget: Budget, phase: PhasePlan) -> str:
+    """A phase that does not fit, with its parts."""
+    parts = sorted(phase.parts.items(), key=lambda part: -part[1])[:LARGEST_PARTS]
+    told = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts)
+    on_host = search_budget.device is None or phase.host_bytes - search_budget.host > max(
+        0, phase.device_bytes - search_budget.device
+    )
+    if on_host:
+        return (
+            f"{phase.name} would take {gigabytes(phase.host_bytes)} of the host's memory, of which a run may have"
+            f" {gigabytes(search_budget.host)}"
+        ) + (f": {told}" if search_budget.device is None else "")
+    return (
+        f"{phase.name} would take {gigabytes(phase.device_bytes)} on the device, of which a run may have"
+        f" {gigabytes(search_budget.device or 0)}: {told}"
+    )
+
+
+def _changes(way: Way, other: Way, blocks: int) -> Iterator[str]:
+    before, after = way.memory, other.memory
+    if before.base_precision != after.base_precision:
+        yield f"{after.base_precision} base"
+    if before.stream != after.stream:
+        yield swapped(after.stream, blocks)
+    if before.checkpointed != after.checkpointed:
+        yield recomputed(after, blocks)
+    if before.offload_activations != after.offload_activations:
+        yield "activations on the host" if after.offload_activations else "activations on the device"
+    if way.optimizer != other.optimizer:
+        yield other.optimizer
+
+
+def _resident(search: Search) -> Way:
+    """Everything at its best and in its place, as far as the recipe leaves it open."""
+    asked = search.asked
+    memory = search.memory(asked.base_precisions[0], asked.disks[0], asked.offloads[0], 0, 0)
+    memory = replace(
+        memory, decode_tile=asked.tiles[0][0], decode_frames=asked.tiles[0][1],
+        text_encoder_precision=asked.text_encoders[0],
+    )  # fmt: skip
+    return Way(memory, asked.optimizers[0], 0.0)
+
+
+def _binding(search: Search, way: Way) -> PhasePlan:
+    """The phase that leaves least, or lacks most."""
+    return max(phases(search.costs, way.memory, way.optimizer), key=search.budget.excess)
+
+
+def _taken(budget: Budget, phase: PhasePlan) -> int:
+    if budget.device is None or phase.host_bytes - budget.host > phase.device_bytes - budget.device:
+        return phase.host_bytes
+    return phase.device_bytes
