@@ -22,7 +22,7 @@ from ltxforge_kernels.nf4.weight import Nf4Weight
 from torch import Tensor, nn
 
 from ltxforge.quant.formats import BLOCKSIZE, FORMATS, NESTED_BLOCKSIZE, stored_tensors
-from ltxforge.quant.weights import QuantisedWeight, quantised
+from ltxforge.quant.weights import QuantisedWeight, once, quantised
 
 # A product of the weight made whole, or one in 8 bits of weight and activations.
 STORED, IN_8_BITS = "stored", "8 bits"
@@ -34,7 +34,7 @@ class QuantisedLinear(nn.Module):
     """A frozen linear layer in one of `FORMATS`.
 
     Attributes:
-        format, double, blocksize: how the weight is stored; the latter two of "nf4" alone.
+        format, double_quant, blocksize: how the weight is stored; the latter two of "nf4" alone.
         product: `STORED` or `IN_8_BITS`, which only formats that quantise activations have; see `guard.py`.
         kernels: how its op is carried out.
     """
@@ -53,13 +53,13 @@ class QuantisedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.op = FORMATS[format].op
-        self.format, self.double, self.blocksize = format, double and self.op == "nf4", blocksize
+        self.format, self.double_quant, self.blocksize = format, double and self.op == "nf4", blocksize
         self.product = IN_8_BITS if FORMATS[format].quantises_activations else STORED
         self.kernels = kernels
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
-        for name in self.stored_names(format, self.double):
+        for name in self.stored_names(format, self.double_quant):
             self.register_buffer(name, None)
-        for name in TABLES if self.double else ["quant_map"] if self.op == "nf4" else []:
+        for name in TABLES if self.double_quant else ["quant_map"] if self.op == "nf4" else []:
             self.register_buffer(name, None, persistent=False)
 
     @staticmethod
@@ -140,7 +140,7 @@ class QuantisedLinear(nn.Module):
         """A layer to be filled later, of uninitialised memory on a device ("meta" too); `dtype` is the bias's."""
         zeros = torch.empty(out_features, device=device, dtype=dtype) if bias else None
         layer = cls(in_features, out_features, format, double, zeros, kernels)
-        described = stored_tensors(format, out_features, in_features, layer.double)
+        described = stored_tensors(format, out_features, in_features, layer.double_quant)
         return layer.hold(
             {
                 name: torch.empty(part.shape, dtype=getattr(torch, part.dtype), device=device)
@@ -154,7 +154,7 @@ class QuantisedLinear(nn.Module):
         Raises:
             ValueError: they are not those of the format and size.
         """
-        described = stored_tensors(self.format, self.out_features, self.in_features, self.double, self.blocksize)
+        described = stored_tensors(self.format, self.out_features, self.in_features, self.double_quant, self.blocksize)
         wanted = {name: f"{part.dtype} {list(part.shape)}" for name, part in described.items()}
         found = {name: f"{str(part.dtype)[6:]} {list(part.shape)}" for name, part in stored.items()}
         if found != wanted:
@@ -168,7 +168,7 @@ class QuantisedLinear(nn.Module):
     @property
     def stored(self) -> dict[str, Tensor]:
         """The stored tensors by name; none while the layer is parked."""
-        names = self.stored_names(self.format, self.double)
+        names = self.stored_names(self.format, self.double_quant)
         return {name: part for name in names if (part := self._buffers[name]) is not None}
 
     def park(self) -> dict[str, Tensor]:
@@ -184,7 +184,7 @@ class QuantisedLinear(nn.Module):
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] again, as products see it, in the dtype."""
-        implementation = _once(self.op, self.kernels, next(iter(self.stored.values())).device)
+        implementation = once(self.op, self.kernels, next(iter(self.stored.values())).device)
         if self.op == "nf4":
             return dequantise_nf4(self._nf4(), dtype, implementation=implementation)
         dequantise = int8.dequantise if self.op == "int8" else fp8.dequantise
@@ -218,12 +218,12 @@ class QuantisedLinear(nn.Module):
         return lora_branch(x, self(x), a, b, scale, kept, keep, implementation=implementation)
 
     def extra_repr(self) -> str:
-        double = " double" if self.double else ""
+        double = " double" if self.double_quant else ""
         return f"{self.in_features}, {self.out_features}, {self.format}{double}, product={self.product}"
 
     def _nf4(self) -> Nf4Weight:
         known = (self.quant_map, self.blocksize, (self.out_features, self.in_features), torch.bfloat16)
-        if not self.double:
+        if not self.double_quant:
             return Nf4Weight(self.packed, self.absmax, *known)
         return Nf4Weight(
             self.packed, self.absmax, *known, self.nested_absmax, self.nested_quant_map, self.nested_offset
@@ -244,8 +244,3 @@ class QuantisedLinear(nn.Module):
 def _as_bytes(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """fn of the tensor's bytes, as the same dtype and shape again."""
     return fn(tensor.reshape(-1).view(torch.uint8)).view(tensor.dtype).reshape(tensor.shape)
-
-
-def _once(op: str, kernels: Kernels, device: torch.device) -> str:
-    """How to quantise or dequantise a weight once, to the same bits: as the op is carried out where it runs."""
-    return "triton" if device.type == "cuda" and kernels.of(op) == "triton" else "eager"
