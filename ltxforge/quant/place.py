@@ -101,20 +101,23 @@ class _Placer:
         rows, columns = shape_of(stored)
         reason, format = self._why_not(name, rows, columns), self.keep.base_precision
         if reason:
-            self._tell(name, "", reason, math.nan, (rows, columns))
+            self._tell(name, "", reason, None, (rows, columns))
             self._put_whole(name, layer, stored)
         elif self.keep.device.type == "meta":
             self._replace(name, self._empty(layer))
         elif is_in(stored, format) and self._is_ours(stored):
             self._note_source(stored)
-            self._tell(name, format, "", math.nan, (rows, columns), stored)
+            self._tell(name, format, "", None, (rows, columns), stored)
             self._settle(name, layer, stored)
         else:
             self._note_source(stored)
             self._quantise(name, layer, stored)
 
     def _why_not(self, name: str, rows: int, columns: int) -> str:
-        format = self.keep.base_precision
+        """Why a layer stays whole; "" if it is quantised, or has yet to be tried."""
+        format, before = self.keep.base_precision, self._before.get(name)
+        if before is not None and not before.format:
+            return before.reason
         return why_not(name, rows, columns, format) if format in FORMATS else NOT_QUANTISED
 
     def _is_ours(self, stored: QuantisedWeight) -> bool:
@@ -204,7 +207,13 @@ class _Placer:
             self.came_in.add(op_of(stored))
 
     def _tell(
-        self, name: str, format: str, reason: str, left: float, shape: tuple[int, ...], made: Stored | None = None
+        self,
+        name: str,
+        format: str,
+        reason: str,
+        left: float | None,
+        shape: tuple[int, ...],
+        made: Stored | None = None,
     ) -> None:
         keep, numbers = self.keep, math.prod(shape)
         if keep.base_precision not in FORMATS:
@@ -223,7 +232,7 @@ class _Placer:
         """What became of the layers, in the module's order."""
         keep = self.keep
         layers = tuple(sorted(self.layers.values(), key=lambda layer: self._order[layer.name]))
-        came = not self.known and layers and any(layer.format and not layer.measured for layer in layers)
+        came = not self.known and layers and any(layer.format and layer.sqnr is None for layer in layers)
         notes = () if self.known else tuple(FROM_FILE.format(each) for each in sorted(self.came_in))
         source = "cache" if self.known else "file" if came else ""
         return BaseReport(keep.base_precision, DTYPE_NAMES[keep.dtype], layers, source, notes)

@@ -21,7 +21,7 @@ class LayerReport:
         name: its module's.
         format: what it is kept in; "" where it stays whole.
         reason: why it stays whole, or "".
-        sqnr: signal to quantisation noise of the weight in dB, NaN where it was not measured: the layer stays whole
+        sqnr: signal to quantisation noise of the weight in dB; None where it was not measured: the layer stays whole
             anyway, or came quantised.
         floor: what the format must leave, in dB.
         bytes_before: in 16 bits.
@@ -31,15 +31,10 @@ class LayerReport:
     name: str
     format: str
     reason: str
-    sqnr: float
+    sqnr: float | None
     floor: float
     bytes_before: int
     bytes_after: int
-
-    @property
-    def measured(self) -> bool:
-        """Whether its noise was measured, or there is none to measure it against."""
-        return not math.isnan(self.sqnr)
 
 
 @dataclass(frozen=True)
@@ -71,9 +66,10 @@ class BaseReport:
         return dict(Counter(layer.reason for layer in self.layers if not layer.format).most_common())
 
     @property
-    def worst(self) -> tuple[LayerReport, ...]:
-        """The quantised layers that were measured, those with the most noise first."""
-        return tuple(sorted((layer for layer in self.quantised if layer.measured), key=lambda layer: layer.sqnr))
+    def worst(self) -> LayerReport | None:
+        """The quantised layer with the most noise among those that were measured."""
+        measured = [layer for layer in self.quantised if layer.sqnr is not None]
+        return min(measured, key=lambda layer: layer.sqnr or 0.0, default=None)
 
     @property
     def bytes_before(self) -> int:
@@ -87,21 +83,24 @@ class BaseReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON, the summary first. Numbers that are not finite become texts."""
-        worst = self.worst[:1]
+        worst = self.worst
         return {
             "format": self.format, "whole": self.whole, "source": self.source, "notes": list(self.notes),
             "count": len(self.layers), "quantised": len(self.quantised), "stayed": dict(self.stayed),
             "bytes_before": self.bytes_before, "bytes_after": self.bytes_after,
-            "worst": [{"name": layer.name, "sqnr": _plain(layer.sqnr)} for layer in worst],
+            "worst": None if worst is None else {"name": worst.name, "sqnr": _plain(worst.sqnr)},
             "layers": [{**vars(layer), "sqnr": _plain(layer.sqnr)} for layer in self.layers],
         }  # fmt: skip
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> BaseReport:
         """The report again. Raises KeyError, TypeError or ValueError for what is none."""
-        layers = tuple(LayerReport(**{**layer, "sqnr": float(layer["sqnr"])}) for layer in value["layers"])
+        layers = tuple(
+            LayerReport(**{**layer, "sqnr": None if layer["sqnr"] is None else float(layer["sqnr"])})
+            for layer in value["layers"]
+        )
         return cls(value["format"], value["whole"], layers, value["source"], tuple(value["notes"]))
 
 
-def _plain(number: float) -> float | str:
-    return round(number, 3) if math.isfinite(number) else repr(number)
+def _plain(number: float | None) -> float | str | None:
+    return number if number is None or math.isfinite(number) else repr(number)

@@ -12,6 +12,7 @@ from ltxforge.events import (
     BaseQuantised,
     CheckpointSaved,
     ClipJudged,
+    DryRunDone,
     Event,
     LoraExported,
     LoraInjected,
@@ -88,6 +89,8 @@ def _output(event: Event) -> tuple[str, str] | None:
             return "base", base_text(event)
         case LoraInjected():
             return "lora", lora_text(event)
+        case DryRunDone():
+            return "dry run", dry_run_text(event)
         case CheckpointSaved():
             return "checkpoint", f"step {event.step}, {size(event.bytes)} in {duration(event.seconds)}: {event.path}"
         case SampleReady():
@@ -97,6 +100,30 @@ def _output(event: Event) -> tuple[str, str] | None:
         case RunEnded():
             return event.outcome, f"after step {event.step}, {duration(event.seconds)}"
     return None
+
+
+QUIET_EXCESS = 0.05
+"""By how much of the estimate a measured peak may differ without a word."""
+
+
+def dry_run_text(event: DryRunDone) -> str:
+    """What the largest micro-batch took; the parts only where it differs from the plan by more than `QUIET_EXCESS`."""
+    tried = f"{counted(event.samples, 'sample')} of {event.shape} in {duration(event.seconds)}"
+    if not event.measured_bytes:
+        return f"{tried}: it fits"
+    told = f"{tried}: peak {size(event.measured_bytes)}"
+    if not event.estimated_bytes:
+        return told
+    told += f" of {size(event.estimated_bytes)} planned"
+    if abs(event.excess) <= QUIET_EXCESS:
+        return told
+    names = dict.fromkeys([*event.estimated, *event.measured])
+    parts = (
+        f"{name} {size(event.measured.get(name, 0))} of {size(event.estimated.get(name, 0))}"
+        for name in names
+        if event.measured.get(name) or event.estimated.get(name)
+    )
+    return _joined(f"{told} ({event.excess:+.0%})", *parts)
 
 
 def lora_text(event: LoraInjected) -> str:
@@ -118,7 +145,8 @@ def base_text(event: BaseQuantised) -> str:
     report = event.report
     quantised, stayed = report.get("quantised", 0), report.get("stayed") or {}
     sizes = f"{size(report.get('bytes_before', 0))} → {size(report.get('bytes_after', 0))}"
-    worst = "".join(f", worst {each['sqnr']:.1f} dB ({each['name']})" for each in report.get("worst") or ())
+    found = report.get("worst")
+    worst = f", worst {float(found['sqnr']):.1f} dB ({found['name']})" if found else ""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in stayed.items())
     source = {"cache": "from the cache", "file": "as the file has them"}.get(report.get("source", ""), "")
     return _joined(
