@@ -96,6 +96,26 @@ class Resumed(Event):
 
 
 @dataclass(frozen=True)
+class DryRunDone(Event):
+    """The largest micro-batch was tried: its clips' `shape`, how many `samples`. `measured_bytes` is the device's
+    peak, 0 where the device does not count; the estimate beside it leaves out moments that are not made yet.
+    """
+
+    shape: str
+    samples: int
+    seconds: float
+    measured_bytes: int = 0
+    estimated_bytes: int = 0
+    measured: dict[str, int] = field(default_factory=dict)
+    estimated: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def excess(self) -> float:
+        """The share by which the measured peak is above the estimate; 0 where there is none."""
+        return self.measured_bytes / self.estimated_bytes - 1 if self.measured_bytes and self.estimated_bytes else 0.0
+
+
+@dataclass(frozen=True)
 class StepDone(Event):
     """One optimiser update. `loss` is the step's unweighted flow loss of the video, or of the sound where that is
     trained alone; `audio_loss` that of the sound, None in steps without any. `seconds` is the wall time by part; on a

@@ -24,7 +24,7 @@ from ltxforge import __version__
 from ltxforge.host_memory import free_host_bytes, host_bytes, locked_limit_bytes
 
 __all__ = [
-    "Hardware", "Moment", "assumed", "detect", "free_disk_bytes", "free_host_bytes", "is_out_of_memory", "moment",
+    "Hardware", "Moment", "allocated_bytes", "assumed", "detect", "free_disk_bytes", "free_host_bytes", "is_out_of_memory", "moment",
     "peak_bytes", "reserved_peak_bytes", "reset_peak", "reset_resident_peak", "resident_peak_bytes",
     "seconds_between", "synchronize", "torch_device", "torch_dtype",
 ]  # fmt: skip
@@ -113,6 +113,11 @@ def reset_peak(device: torch.device) -> None:
 def peak_bytes(device: torch.device) -> int:
     """The most memory that tensors took on the device since `reset_peak`; 0 where the device does not count."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def allocated_bytes(device: torch.device) -> int:
+    """The memory that tensors take on the device now; 0 where the device does not count."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def reserved_peak_bytes(device: torch.device) -> int:

@@ -9,12 +9,11 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from ltxforge.assumed import Elsewhere, machine
 from ltxforge.dataset import encode
 from ltxforge.dataset.cache import Cache
 from ltxforge.dataset.cached import CachedData
+from ltxforge.device_full import GENERAL, device_full_told
 from ltxforge.distributed import refuse_several_processes
 from ltxforge.durable import faults_told
 from ltxforge.errors import DeviceFullError, KernelError, LtxforgeError, RunError, Stopped
@@ -25,7 +24,7 @@ from ltxforge.events import (
 )
 from ltxforge.facts import Places, ask, gather, places
 from ltxforge.flow_matching import sigma_quantiles
-from ltxforge.hardware import torch_device, torch_dtype
+from ltxforge.hardware import is_out_of_memory, torch_device, torch_dtype
 from ltxforge.kernel_calls import calls_of
 from ltxforge.lock import RunLock
 from ltxforge.models.blueprints import require_whole
@@ -70,9 +69,12 @@ def run(parsed: Parsed, out: Path | None, screen: Screen) -> None:
         model.kernels = plan.kernels
         cache = Cache(Path(plan.cache.directory), emit)
         cache.sweep()
-        data = settle_data(plan, model, cache, emit, stop)
+        with device_full_told(plan, model.device, "captions", "clips", "sound"):
+            data = settle_data(plan, model, cache, emit, stop)
         RunDirectory(where.run).save_plan(plan, parsed.text, parsed.overrides)
-        with contextlib.closing(open_session(plan, model, cache, data, log.attempt, emit, stop)) as session:
+        with device_full_told(plan, model.device, "load"):
+            session = open_session(plan, model, cache, data, log.attempt, emit, stop)
+        with contextlib.closing(session), device_full_told(plan, model.device, "step"):
             session.train()
 
 
@@ -147,28 +149,29 @@ def failures_logged(log: EventLog) -> Iterator[None]:
         yield
     except Stopped:
         raise
-    except LtxforgeError as error:
-        _keep(log, error)
-        raise
-    except torch.OutOfMemoryError as error:
-        told = DeviceFullError(
-            f"the device has too little memory: {str(error).splitlines()[0]}",
-            remedy="The last checkpoint is whole. memory.checkpointing = true may be set at any time; in a new run,"
-            " lower resolution, frames, batch_size or rank, or leave validation out, help too.",
-        )
-        _keep(log, told)
-        raise told from error
     except Exception as error:
-        if not type(error).__module__.startswith(COMPILERS):
+        told = error if isinstance(error, LtxforgeError) else _with_way_out(error)
+        if told is None:
             raise
-        told = KernelError(
-            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-            where="a kernel cannot be made or started here",
-            remedy="The last checkpoint is whole. Without kernels of ours it goes on: --set kernels.all=eager."
-            " Please report it with the output of `ltxforge kernels`.",
-        )
         _keep(log, told)
+        if told is error:
+            raise
         raise told from error
+
+
+def _with_way_out(error: Exception) -> LtxforgeError | None:
+    """What a user can do about an error of PyTorch's or a compiler's; None about others."""
+    first = (str(error).splitlines() or [""])[0]
+    if is_out_of_memory(error):  # while no plan is there to compare with
+        return DeviceFullError(f"there is too little memory: {first}", remedy=f"{GENERAL}.")
+    if not type(error).__module__.startswith(COMPILERS):
+        return None
+    return KernelError(
+        f"{type(error).__name__}: {first}",
+        where="a kernel cannot be made or started here",
+        remedy="The last checkpoint is whole. Without kernels of ours it goes on: --set kernels.all=eager."
+        " Please report it with the output of `ltxforge kernels`.",
+    )
 
 
 def _keep(log: EventLog, error: LtxforgeError) -> None:

@@ -74,6 +74,20 @@ class Batches:
         before = sum(len(self._samples(step, earlier)) for earlier in range(micro))
         return BatchIndex(self._samples(step, micro), before)
 
+    def largest(self) -> tuple[int, int]:
+        """(step, micro) of the first epoch's micro-batch that computes most tokens, sound's included; the first of
+        those that do.
+        """
+        most = max(range(self.per_epoch), key=lambda number: self._tokens(self._epoch(0)[number]))
+        return most // self._plan.training.accumulate + 1, most % self._plan.training.accumulate
+
+    def _tokens(self, positions: Sequence[int]) -> int:
+        chosen = [self._data.samples[position] for position in positions]
+        buckets = {(bucket.shape, bucket.fps): bucket for bucket in self._plan.data.buckets}
+        bucket = buckets[chosen[0].sample.shape, chosen[0].sample.fps]
+        sounding = any(item.audio_key is not None for item in chosen)
+        return len(chosen) * (bucket.tokens + (bucket.audio_tokens if sounding else 0))
+
     def count_at(self, step: int) -> Streams[int]:
         """Samples of each modality in the whole step: the losses' divisors, known before the first forward."""
         positions = self._step(step)

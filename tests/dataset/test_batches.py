@@ -57,6 +57,17 @@ def test_an_epoch_sees_every_sample_once_in_batches_of_one_shape(make, size, acc
     assert len({tuple(i.samples for i in seen[e * per_epoch : (e + 1) * per_epoch]) for e in range(5)}) > 1
 
 
+@pytest.mark.parametrize(("size", "accumulate"), [(1, 1), (2, 2), (8, 3)])
+def test_the_largest_micro_batch_is_one_with_most_tokens(make, size, accumulate):
+    """Four samples have 8 tokens each and two have 18: the rows of a batch count too."""
+    batches = make(training=TrainingPlan(size, accumulate, 1.0, None))
+    step, micro = batches.largest()
+    chosen = batches.load(step, micro)
+    everything = [batches.load(s, m) for s in range(1, 2 * batches.per_epoch + 1) for m in range(accumulate)]
+    assert chosen.clean.numel() == max(batch.clean.numel() for batch in everything)
+    assert micro < accumulate
+
+
 def test_repeats_count(make, tiny_plan):
     samples = tuple(dataclasses.replace(s, repeats=3 if n == 5 else 1) for n, s in enumerate(tiny_plan.data.samples))
     batches = make(data=dataclasses.replace(tiny_plan.data, samples=samples), training=TrainingPlan(1, 1, 1.0, None))

@@ -28,6 +28,8 @@ EVERY_GUIDANCE = (
         ("ltx2", ["memory.checkpointing=true"]),  # dropout is on
         pytest.param("ltx2", ["memory.checkpointing=2"], marks=pytest.mark.sweep),
         ("ltx2", ['cache.text_cache="features"']),
+        ("ltx-video", ["memory.dry_run=true", "validation.every=5", "validation.at_start=true"]),
+        ("ltx2", ["memory.dry_run=true", "memory.checkpointing=true"]),
     ],
 )
 def test_what_surrounds_training_changes_no_bit(sets, work, reference):
