@@ -76,3 +76,17 @@ def _around(value: int, step: int, smallest: int, offset: int) -> tuple[int, ...
     lower = max(smallest, value // step * step)
     upper = max(smallest, -(-value // step) * step)
     return (lower + offset,) if lower == upper else (lower + offset, upper + offset)
+
+
+def tiles_along(size: int, most: int) -> tuple[tuple[int, int], ...]:
+    """Overlapping spans [begin, end) over `size` latents, each of at most `most`; one where all fit or `most` is 0.
+
+    As few and as equal as can be; neighbours share at least a quarter of `most`, and two where that leaves one.
+    """
+    if not most or size <= most:
+        return ((0, size),)
+    overlap = min(max(2, most // 4), most - 1)
+    count = -(-(size - overlap) // (most - overlap))
+    length = -(-(size + (count - 1) * overlap) // count)
+    begins = [(size - length) * number // (count - 1) for number in range(count)]
+    return tuple((begin, begin + length) for begin in begins)

@@ -32,13 +32,10 @@ from ltxforge.models.ltx2_parts import LTX2Parts, Make
 from ltxforge.models.parts import release_memory, whole_float32
 from ltxforge.models.sampling import pictures, plain_arguments, require_finite
 from ltxforge.models.vae import statistics
+from ltxforge.models.vae_tiles import FRUGAL, WHOLE, DecodeTiling, decode_parts
 from ltxforge.plan import PromptPlan
 from ltxforge.shapes import ClipShape
 from ltxforge.specs import ModelSpec
-
-# A frugal sample's picture is decoded in tiles of at most so many pixels a side, blended over their overlap. Never in
-# pieces of time: diffusers 0.42 puts every piece after the first one frame late and blends it with its neighbour so.
-TILE_PIXELS, TILE_OVERLAP_PIXELS = 512, 128
 
 Part = TypeVar("Part", bound=nn.Module)
 
@@ -46,6 +43,9 @@ Part = TypeVar("Part", bound=nn.Module)
 @dataclass(frozen=True)
 class LTX2Sampler:
     """Makes samples with a transformer on `device`; the VAE is loaded in `vae_dtype`, audio VAE and vocoder in float32.
+
+    Pictures are decoded in tiles as `tiling` says; a frugal one in `FRUGAL` ones, where that says nothing. `make_room`
+    is called before another part is loaded.
 
     In bfloat16 the picture is the stock pipeline's to the last bit where `vae_dtype` is the transformer's dtype.
     """
@@ -55,6 +55,8 @@ class LTX2Sampler:
     parts: LTX2Parts
     device: torch.device
     vae_dtype: torch.dtype
+    tiling: DecodeTiling = WHOLE
+    make_room: Callable[[], None] = lambda: None
 
     @torch.no_grad()
     def sample(
@@ -149,13 +151,13 @@ class LTX2Sampler:
         with self._alone():
             vae = self._load(self.parts.vae, self.vae_dtype)
             assert not vae.config.timestep_conditioning, "no LTX-2 decoder is published that takes a timestep"
-            if prompt.frugal:
-                tile(vae, prompt.shape)
+            tiling = FRUGAL if prompt.frugal and self.tiling == WHOLE else self.tiling
             mean, std, scale = statistics(vae)
             centred = latents.to(vae.dtype) * std.to(vae.dtype) / scale + mean.to(vae.dtype)
-            decoded = vae.decode(centred, return_dict=False)[0]
+            drawn = VideoProcessor().postprocess_video
+            parts = [pictures(drawn(part, output_type="np")[0]) for part in decode_parts(vae, centred, None, tiling)]
             del vae
-        return pictures(VideoProcessor().postprocess_video(decoded, output_type="np")[0])
+        return np.concatenate(parts)
 
     @whole_float32()
     def sound(self, latents: Tensor) -> tuple[np.ndarray, int]:
@@ -178,6 +180,7 @@ class LTX2Sampler:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """A stage with a part of its own, whose memory is given back at the end."""
+        self.make_room()
         try:
             yield
         finally:
@@ -283,28 +286,6 @@ def unloaded_vaes(spec: ModelSpec) -> tuple[UnloadedVae, UnloadedVae]:
 def unshifted(scheduler: FlowMatchEulerDiscreteScheduler) -> FlowMatchEulerDiscreteScheduler:
     """A copy of `scheduler` that takes sigmas as they are given."""
     return scheduler.from_config(scheduler.config, use_dynamic_shifting=False, shift_terminal=None, shift=1.0)
-
-
-def tile(vae: Any, shape: ClipShape) -> None:
-    """Let the video VAE decode in tiles, where a side is longer than one."""
-    ratio = vae.spatial_compression_ratio
-    (height, rows), (width, columns) = (tiles(side, ratio) for side in (shape.height, shape.width))
-    vae.enable_tiling(
-        tile_sample_min_height=height, tile_sample_stride_height=rows,
-        tile_sample_min_width=width, tile_sample_stride_width=columns,
-    )  # fmt: skip
-
-
-def tiles(side: int, ratio: int = 32) -> tuple[int, int]:
-    """Size and stride of the tiles along a side of so many pixels, all as equal as whole latents allow: 768 → 512, 384.
-
-    diffusers begins a tile at every stride, even where only a strip of overlap is left; equal strides leave none.
-    """
-    if side <= TILE_PIXELS:
-        return TILE_PIXELS, TILE_PIXELS
-    count = -(-side // (TILE_PIXELS - TILE_OVERLAP_PIXELS))
-    stride = -(-side // (count * ratio)) * ratio
-    return stride + TILE_OVERLAP_PIXELS, stride
 
 
 def cut_or_padded(sound: np.ndarray, samples: int) -> np.ndarray:

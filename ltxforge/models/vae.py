@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ltxforge.models.interface import Latents
 from ltxforge.models.vae_streaming import VideoVae, stream_encode
+from ltxforge.models.vae_tiles import WHOLE, DecodeTiling, decode_parts
 
 DECODE_NOISE_SEED = 0
 
@@ -35,17 +36,24 @@ def encode_frames(vae: VideoVae, frames: Tensor, device: torch.device, kernels: 
 
 
 @torch.no_grad()
-def decode_frames(vae: VideoVae, latents: Tensor, device: torch.device, decode_timestep: float) -> Tensor:
+def decode_frames(
+    vae: VideoVae, latents: Tensor, device: torch.device, decode_timestep: float, tiling: DecodeTiling = WHOLE
+) -> Tensor:
     """Normalised latents [C, F, Y, X] to uint8 frames [N, height, width, 3] on the CPU.
 
-    Deterministic: 0.9.1's decoder draws noise, here always the same.
+    Deterministic: 0.9.1's decoder draws noise, here always the same. In tiles, what it takes on the device does not
+    grow with the clip.
     """
     mean, std, scale = statistics(vae)
     latents = latents.to(device, torch.float32)[None] * std / scale + mean
     conditioned = vae.config.timestep_conditioning
     timestep = torch.tensor([decode_timestep], device=device, dtype=vae.dtype) if conditioned else None
     with fixed_randomness(device):
-        pixels = vae.decode(latents.to(vae.dtype), timestep, return_dict=False)[0]
+        return torch.cat([_to_frames(part) for part in decode_parts(vae, latents.to(vae.dtype), timestep, tiling)])
+
+
+def _to_frames(pixels: Tensor) -> Tensor:
+    """Pixels [1, 3, N, height, width] in [-1, 1] to uint8 frames [N, height, width, 3] on the CPU."""
     frames = ((pixels[0].float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return frames.permute(1, 2, 3, 0).cpu()
 
