@@ -63,13 +63,20 @@ def remedies(axes: Sequence[Axis], trial: Try, seconds: float, most: int = 2) ->
     tried = _remembered(trial)
     found: list[Remedy] = []
     for together in range(1, MOST_TOGETHER + 1):
-        for chosen in combinations([axis for axis in axes if axis], together):
-            if not any(_is_part(other.sets, chosen) for other in found):
-                rungs = _least(chosen, tried)
-                found += [_remedy(rungs, tried, seconds)] if rungs else []
+        for chosen in sorted(combinations([axis for axis in axes if axis], together), key=_least_lost):
+            if any(_is_part(other.sets, chosen) for other in found):
+                continue
+            if len(found) >= most and _least_lost(chosen) >= sorted(other.lost for other in found)[most - 1]:
+                break  # to try is dear where a change asks for another trace
+            if rungs := _least(chosen, tried):
+                found.append(_remedy(rungs, tried, seconds))
         if len(found) >= most:
             break
     return sorted(found, key=lambda remedy: (round(remedy.lost, 3), len(remedy.sets)))[:most]
+
+
+def _least_lost(axes: Sequence[Axis]) -> float:
+    return sum(axis[0].given_up for axis in axes)
 
 
 def axes_of(recipe: Recipe, plan: Plan, spec: ModelSpec, *, on_gpu: bool, packages: Iterable[str], folder: str,

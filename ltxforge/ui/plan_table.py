@@ -16,6 +16,7 @@ from ltxforge.plan import LoraPlan, Plan, PromptPlan
 from ltxforge.printable import printable
 from ltxforge.specs import SPECS
 from ltxforge.ui.kernels_table import kernel_rows
+from ltxforge.ui.memory_table import memory_rows, phases_table
 from ltxforge.ui.text import counted, number, short, size
 
 # Label, value, and who decided it: "recipe", "default", "device", "weights", "dataset" or nobody in particular.
@@ -39,6 +40,7 @@ def plan_table(plan: Plan, sigma_quantiles: Mapping[str, Sequence[float]] | None
         ("Data", _data(plan)),
         ("LoRA", _lora(plan)),
         ("Training", _training(plan)),
+        ("Memory", memory_rows(plan)),
         ("Optimizer", _optimizer(plan)),
         ("Noise", _flow(plan)),
         ("Sampling", _sampling(plan)),
@@ -47,6 +49,8 @@ def plan_table(plan: Plan, sigma_quantiles: Mapping[str, Sequence[float]] | None
         parts += [Text(), Text(title, "bold"), _rows(rows)]
         if title == "Data":
             parts.append(_buckets(plan))
+        if title == "Memory" and plan.estimates.phases:
+            parts += [Text(), phases_table(plan)]
         if title == "Noise" and sigma_quantiles:
             parts.append(_quantiles(sigma_quantiles))
         if title == "Sampling" and plan.validation.prompts:
@@ -226,17 +230,9 @@ def _training(plan: Plan) -> list[Row]:
         ("batch size", number(training.batch_size), origin("training.batch_size", "")),
         ("accumulate", f"{training.accumulate} ({whole})", origin("training.accumulate", "")),
         _clipping(plan),
-        ("checkpointing", _checkpointed(plan.memory.checkpointed), origin("memory.checkpointing", "")),
+        ("compiled", "each block as a whole" if training.compile else "no block", origin("training.compile", "")),
         ("resume", plan.resume, origin("run.resume", "")),
     ]
-
-
-def _checkpointed(blocks: tuple[int, ...]) -> str:
-    """Which blocks are computed again, as a recipe says it where it can."""
-    if len(blocks) < 2:
-        return "off" if not blocks else counted(1, "block")
-    every = blocks[1]
-    return _every(every, "block") if blocks == tuple(range(0, blocks[-1] + 1, every)) else counted(len(blocks), "block")
 
 
 def _epochs(count: float) -> str:

@@ -17,7 +17,9 @@ from ltxforge.plan import (
     LoraPlan,
     MemoryPlan,
     OptimizerPlan,
+    PhasePlan,
     PromptPlan,
+    StreamPlan,
     TrainingPlan,
     ValidationPlan,
 )
@@ -44,12 +46,23 @@ SHOWN = [
         ["adamw8bit", "1.7e-4", "0.83, 0.987", "3e-9", "0.013", "polynomial", "71 steps", "4,007", "1.7e-5", "2.3"],
     ),
     ({"training": TrainingPlan(7, 11, None, 0.37)}, ["7", "11 (up to 77 samples a step)", "clip value", "0.37"]),
-    ({"training": TrainingPlan(1, 1, None, None)}, ["clip norm", "off", "1 (up to 1 sample a step)"]),
+    ({"training": TrainingPlan(1, 1, None, None, compile=True)}, ["each block as a whole"]),
+    ({"training": TrainingPlan(1, 1, None, None)}, ["no block", "clip norm", "off", "1 (up to 1 sample a step)"]),
     ({"lora": LoraPlan(16, 24.0, 0.05, True, ("to_q", "re:ff.*"), "fp16")},
      ["scale 6", "rsLoRA", "0.05", "re:ff.*", "fp16"]),
     ({"flow": FlowPlan("logit-normal", 3.1, False, 0.07)}, ["logit-normal", "3.1 (mu = ln 3.1)", "7 %"]),
     ({"conditioning": ConditioningPlan(0.31, 0.17, 219)}, ["31 %", "17 %", "219 tokens"]),
-    ({"memory": MemoryPlan((0, 3, 6))}, ["every 3 blocks"]),
+    ({"memory": MemoryPlan((0, 3, 6))}, ["every 3 blocks", "not quantised, fp32", "all weights stay", "whole"]),
+    ({"memory": MemoryPlan(tuple(range(5)), "nf4", True, "host", "int8", StreamPlan(((1,), (3,))), True, 384, 32, True,
+                           "12GB", (12 * 2**30, 64 * 2**30)),
+      "estimates": Estimates(choices=("everything resident does not fit", "2.07x of the time"))},
+     ["12GB (12.0 GB of device memory, 64.0 GB of host memory)", "nf4, its scales quantised too", "on the host",
+      "every block", "2 blocks wait in host memory, copied one by one, beside", "int8",
+      "wait in host memory for the backward pass", "tiles of 384 pixels and 32 frames", "before the first step",
+      "everything resident does not fit", "2.07x of the time"]),
+    ({"memory": MemoryPlan(stream=StreamPlan(((0, 1), (2, 3)), "block", False, "/fast [disk]"))},
+     ["4 blocks wait in /fast [disk], copied 2 at a time, in turn"]),
+    ({"memory": MemoryPlan(stream=StreamPlan(((0,), (1,)), "leaf"))}, ["copied layer by layer"]),
     ({"checkpoint": CheckpointPlan(123, 5)}, ["every 123 steps, the newest 5 stay"]),
     ({"validation": ValidationPlan(77, True, PROMPTS)}, ["every 77 steps, and before the first step", "fox", "4711",
                                                          "768x512x121", "37", "3.5", "first [red]frame.png", "24"]),
@@ -185,6 +198,7 @@ ELSEWHERE = {
     "data.samples": "are counted; the verdicts list the clips",
     "estimates.text_bytes": "stand beside each other for LTX-2, see above; other models have one way",
     "kernels.choices": "are grouped, see below",
+    "estimates.phases": "stand in a table of their own, see below",
     "cache.text": "is read by LTX-2 alone, see above",
 }
 
@@ -195,6 +209,7 @@ def test_no_field_was_added_without_a_place_in_the_table(plan_maker):
         validation=ValidationPlan(77, True, PROMPTS),
         optimizer=OPTIMIZER,
         flow=FlowPlan("logit-normal", 3.1, False, 0.07),
+        memory=MemoryPlan(base_precision="nf4", decode_tile=512, decode_frames=64),
     )
     usual = shown(plan, width=200)
     silent = {name for name, other in changed_leaves(plan) if shown(other, width=200) == usual}
@@ -242,3 +257,28 @@ def test_how_each_op_is_computed_is_told_in_as_few_rows_as_there_are_answers(pla
     choices[0] = Choice("gelu", "eager", "because", (small,))
     text = told(plan_maker(kernels=Kernels(tuple(choices))))
     assert "kernels eager for gelu: because triton for lora_linear: Triton 4.5.6 on sm_90 gelu: compile up to" in text
+
+
+PHASES = (
+    PhasePlan("captions", 9 * 2**30, 21 * 2**30, {"weights": 8 * 2**30, "work": 2**30}),
+    PhasePlan("step", 6 * 2**30, 3 * 2**30, {"weights": 4 * 2**30, "kept activations": 2**30, "adapter": 2**28,
+                                             "one block's work": 3 * 2**28}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_every_phase_is_shown_against_what_there_is(plan_maker, width):
+    plan = plan_maker(
+        memory=MemoryPlan(budget=(12 * 2**30, 32 * 2**30)), estimates=Estimates(phases=PHASES), assumed=("weights",),
+    )  # fmt: skip
+    plan = dataclasses.replace(plan, device=dataclasses.replace(plan.device, kind="cuda"))
+    text = shown(plan, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    if width >= 80:
+        row = next(line for line in text.splitlines() if line.split()[:1] == ["captions"])
+        assert "█" * 6 in row and "9.0 GB" in row and "21.0 GB" in row and "assumed" in row
+        assert "device, of 12.0 GB" in text and "host, of 32.0 GB" in text
+        told = " ".join(text.split())
+        assert "weights 4.0 GB" in told and "adapter 256 MB" not in told and "adapter 0.2 GB" not in told
+    on_cpu = shown(dataclasses.replace(plan, device=dataclasses.replace(plan.device, kind="cpu")), width=100)
+    assert "device, of" not in on_cpu and "host, of 32.0 GB" in on_cpu
