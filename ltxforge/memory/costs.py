@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from ltxforge.memory.units import PAGE, SLOTS, STAGES, slot_count
 from ltxforge.moments import MOMENTS, optimizer_bytes, paged_bytes
 from ltxforge.plan import MemoryPlan, PhasePlan, StreamPlan
 
@@ -30,10 +32,6 @@ with torch's CPU wheel (527 MiB at the time of writing), rounded up.
 """
 HOST_CONTEXT = 1200 * 2**20
 """What CUDA's libraries add to a process on the host. An assumption until a GPU has measured."""
-SLOTS = 2
-"""Places on the device that streamed weights come to: one is computed with while the other one fills."""
-DISK_STAGES = 2
-"""Pinned places on the host through which weights pass that wait on a disk, of the largest unit's size."""
 ATTENTION_SHARE = 0.6
 """How far attention gets of the speed at which matrix products run: 400 to 500 of 700 TFLOP/s on an H100, published
 for flash attention at head widths of 64 and 128 (kernels.md 1.2).
@@ -56,11 +54,13 @@ class Pass:
         forward: the peak inside its forward.
         backward: the peak inside its backward, above what lay there before its forward; what stays and the gradients
             of its own adapter are counted in it, those of later blocks are not.
+        small: of what stays, what is too small to be sent to the host.
     """
 
     stays: int
     forward: int
     backward: int
+    small: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Weights:
         idle: of the modality that is not trained, in all blocks and outside, which waits on the host until a sample;
             not counted in the fields above.
         behind: of the places for B behind the weights of one block, where our kernels want one matrix of both.
+        idle_linear: of one block's idle linear layers, which travel with the others while a sample is made.
+        quantising: what making the largest layer of them takes, as read, in between and stored; 0 if nothing is made.
     """
 
     linear: int
@@ -83,6 +85,8 @@ class Weights:
     outside: int
     idle: int = 0
     behind: int = 0
+    idle_linear: int = 0
+    quantising: int = 0
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,16 @@ class Costs:
     aside: bool = False
     largest_tensor: int = 0
 
+    @cached_property
+    def adapter(self) -> int:
+        """Bytes of the adapter, in float32."""
+        return 4 * sum(self.tensors)
+
+    @cached_property
+    def moments(self) -> dict[str, tuple[int, int]]:
+        """Bytes of each optimiser's state, and how many of them may be paged."""
+        return {name: (optimizer_bytes(name, self.tensors), paged_bytes(name, self.tensors)) for name in MOMENTS}
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -226,66 +240,78 @@ def step_phase(costs: Costs, memory: MemoryPlan, optimizer: str) -> PhasePlan:
         parts["workspace"] = CUBLAS_BYTES
     on_host = waiting(costs, memory, optimizer)
     if memory.offload_activations:
-        on_host += _activations(work, memory.checkpointed, costs.blocks)
+        on_host += _sent(work, memory.checkpointed, costs.blocks)
     return _phase(costs, "step", parts, on_host)
 
 
 def standing(costs: Costs, memory: MemoryPlan, optimizer: str) -> dict[str, int]:
     """What lies on the device throughout training, by name."""
+    state, paged = costs.moments[optimizer]
     weights = costs.works[precision_key(memory)].weights
     streamed = len(memory.stream.blocks) if memory.stream else 0
     behind = 0 if memory.stream else weights.behind * costs.blocks
     found = {
         "weights": weights.outside + costs.blocks * weights.block + (costs.blocks - streamed) * weights.linear + behind,
-        "adapter": 4 * sum(costs.tensors),
-        "optimizer state": optimizer_bytes(optimizer, costs.tensors) - paged_bytes(optimizer, costs.tensors),
+        "adapter": costs.adapter,
+        "optimizer state": state - paged,
     }
     if memory.stream:
         found["streamed slots"] = slots(memory.stream, weights)
     return found
 
 
-def slots(stream: StreamPlan, weights: Weights) -> int:
-    """The places on the device that streamed weights come to."""
-    return min(SLOTS, _travels(stream)) * _unit(stream, weights)
+def slots(stream: StreamPlan, weights: Weights, whole: bool = False) -> int:
+    """The places on the device that streamed weights come to; `whole` with the idle modality's, as a sample needs."""
+    return slot_count(stream, _travels(stream)) * _unit(stream, weights, whole)
 
 
 def waiting(costs: Costs, memory: MemoryPlan, optimizer: str) -> int:
     """What lies on the host throughout training: streamed weights, an idle modality, paged moments."""
     weights = costs.works[precision_key(memory)].weights
-    found = weights.idle + paged_bytes(optimizer, costs.tensors)
-    if memory.stream is None:
+    found = weights.idle + costs.moments[optimizer][1]
+    stream = memory.stream
+    if stream is None:
         return found
-    if memory.stream.disk:
-        return found + DISK_STAGES * _unit(memory.stream, weights)
-    return found + len(memory.stream.blocks) * weights.linear
+    if stream.disk:
+        stages = min(STAGES if stream.overlapped else 1, _travels(stream))
+        return found - len(stream.blocks) * weights.idle_linear + stages * (_unit(stream, weights, True) + PAGE)
+    return found + len(stream.blocks) * (weights.linear + PAGE)
 
 
-def _unit(stream: StreamPlan, weights: Weights) -> int:
+def _unit(stream: StreamPlan, weights: Weights, whole: bool = False) -> int:
     """The largest thing that travels at once."""
-    return weights.largest if stream.level == "leaf" else max(map(len, stream.units), default=0) * weights.linear
+    if stream.level == "leaf":
+        return weights.largest
+    return max(map(len, stream.units), default=0) * (weights.linear + whole * weights.idle_linear)
 
 
 def _travels(stream: StreamPlan) -> int:
     """How many things travel in a pass; more than slots where each layer travels alone."""
-    return len(stream.units) if stream.level == "block" else SLOTS
+    return len(stream.units) if stream.level == "block" else SLOTS * len(stream.units)
 
 
 def _worst_moment(costs: Costs, work: BlockWork, memory: MemoryPlan, optimizer: str) -> tuple[int, int, int]:
-    """The moment of a step that takes most: its gradients, kept activations, and what is worked on."""
+    """The moment of a step that takes most: its gradients, kept activations, and what is worked on.
+
+    Activations that wait on the host are still here from the block before in the forward, and here again for it in the
+    backward pass: one block is in transit.
+    """
     again, count = frozenset(memory.checkpointed), costs.blocks
     whole = work.gradients_outside + count * work.gradients
     before = whole if costs.accumulate > 1 else 0
-    moments = [(before, 0, work.head - work.given), (whole, -work.given, _update(costs, optimizer))]
-    kept = 0
+    worst = max((before, 0, work.head - work.given), (whole, -work.given, _update(costs, optimizer)), key=sum)
+    most, kept, near = sum(worst), 0, 0
     for number in range(count):
         each = _pass(work, number, number in again)
-        moments.append((before, kept, each.forward))
+        held = kept + near
+        if before + held + each.forward > most:
+            worst, most = (before, held, each.forward), before + held + each.forward
         later = before or work.gradients_outside + (count - 1 - number) * work.gradients
-        moments.append((later, kept, each.backward))
-        kept += _left(work, each, memory)
-    moments.append((before, kept, work.tail))
-    return max(moments, key=sum)
+        if later + held + each.backward > most:
+            worst, most = (later, held, each.backward), later + held + each.backward
+        near = each.stays - each.small if memory.offload_activations else 0
+        kept += each.small if memory.offload_activations else each.stays
+    return max(worst, (before, kept + near, work.tail), key=sum)
 
 
 def _pass(work: BlockWork, number: int, again: bool) -> Pass:
@@ -294,22 +320,18 @@ def _pass(work: BlockWork, number: int, again: bool) -> Pass:
     return work.again if again else work.kept
 
 
-def _left(work: BlockWork, each: Pass, memory: MemoryPlan) -> int:  # noqa: ARG001
-    """What a block leaves on the device until its backward pass."""
-    return 0 if memory.offload_activations else each.stays
-
-
-def _activations(work: BlockWork, again: Iterable[int], blocks: int) -> int:
-    """What all blocks leave for their backward passes."""
+def _sent(work: BlockWork, again: Iterable[int], blocks: int) -> int:
+    """What blocks send to the host until their backward passes; the last one, whose comes first, sends nothing."""
     chosen = frozenset(again)
-    return sum(_pass(work, number, number in chosen).stays for number in range(blocks))
+    passes = (_pass(work, number, number in chosen) for number in range(blocks - 1))
+    return sum(each.stays - each.small for each in passes)
 
 
 def _update(costs: Costs, optimizer: str) -> int:
     """What the update takes beside gradients: torch's AdamW makes a denominator, on a GPU for all tensors at once."""
     if MOMENTS[optimizer].in_8_bits:
         return 0
-    return 4 * (max(costs.tensors) if costs.device == "cpu" else sum(costs.tensors))
+    return 4 * max(costs.tensors) if costs.device == "cpu" else costs.adapter
 
 
 def reading_phases(costs: Costs, memory: MemoryPlan) -> list[PhasePlan]:
@@ -328,10 +350,11 @@ def load_phase(costs: Costs, memory: MemoryPlan) -> PhasePlan:
     """The transformer, tensor by tensor: what is kept, and the largest tensor while it is quantised."""
     parts = standing(costs, memory, "adamw")
     parts = {name: parts[name] for name in ("weights", "adapter")}
-    on_device = memory.base_precision != "bf16" and memory.quantise_on == "device"
-    # As read, in float32 while its scales are found, and stored.
-    parts["quantising"] = 3 * costs.largest_tensor if on_device else 0
-    return _phase(costs, "load", parts, waiting(costs, memory, "adamw") + 2 * costs.largest_tensor)
+    quantising = costs.works[precision_key(memory)].weights.quantising
+    is_here = memory.quantise_on == "device"
+    parts["quantising"] = quantising if is_here else 0
+    on_host = waiting(costs, memory, "adamw") + 2 * costs.largest_tensor + (0 if is_here else quantising)
+    return _phase(costs, "load", parts, on_host)
 
 
 def sample_phases(costs: Costs, memory: MemoryPlan, optimizer: str) -> list[PhasePlan]:
@@ -339,27 +362,27 @@ def sample_phases(costs: Costs, memory: MemoryPlan, optimizer: str) -> list[Phas
     if not costs.decodes:
         return []
     work, decoder = costs.works[precision_key(memory)], costs.decodes[memory.decode_tile, memory.decode_frames]
-    parts = standing(costs, memory, optimizer)
-    parts["weights"] += work.weights.idle
-    if memory.stream:
-        parts["streamed slots"] = slots(memory.stream, work.weights)
-    on_host = waiting(costs, memory, optimizer) - work.weights.idle
+    parts, on_host = standing(costs, memory, optimizer), waiting(costs, memory, optimizer)
+    streamed = len(memory.stream.blocks) if memory.stream else 0
+    joined = work.weights.idle - streamed * work.weights.idle_linear  # the rest of it travels
+    parts["weights"] += joined
     denoised = parts | {"VAE": costs.beside, "denoising": work.sampling}
+    if memory.stream:
+        denoised["streamed slots"] = slots(memory.stream, work.weights, whole=True)
+    parts.pop("streamed slots", None)  # they are cleared before a decoder comes
+    aside = 0
     if costs.aside:
-        on_host_aside = on_host + parts["weights"] + parts["adapter"]
-        parts = {"optimizer state": parts["optimizer state"]}
-    else:
-        on_host_aside = on_host
+        aside = parts.pop("weights") + parts.pop("adapter")
     decoded = parts | {"VAE": decoder.weights, "decoding": decoder.work}
     return [
-        _phase(costs, "sample", denoised, on_host),
-        _phase(costs, "decode", decoded, on_host_aside + decoder.host),
+        _phase(costs, "sample", denoised, on_host - joined),
+        _phase(costs, "decode", decoded, on_host - joined + aside + decoder.host),
     ]
 
 
 def save_phase(costs: Costs, memory: MemoryPlan, optimizer: str) -> PhasePlan:
     """A checkpoint: the adapter and its moments pass through the host as they are written."""
-    copies = 4 * sum(costs.tensors) + optimizer_bytes(optimizer, costs.tensors)
+    copies = costs.adapter + costs.moments[optimizer][0]
     return _phase(costs, "save", standing(costs, memory, optimizer), waiting(costs, memory, optimizer) + copies)
 
 
@@ -385,7 +408,7 @@ def step_seconds(costs: Costs, memory: MemoryPlan, optimizer: str, rates: Rates)
     weights_seconds, unit_seconds = _weights_seconds(work.weights, memory.stream, rates)
     activations = 0.0
     if memory.offload_activations:
-        activations = _activations(work, memory.checkpointed, costs.blocks) / (rates.bus * 1e9)
+        activations = _sent(work, memory.checkpointed, costs.blocks) / (rates.bus * 1e9)
     copies = weights_seconds + activations
     if memory.stream is not None and not memory.stream.overlapped:
         micro = first + second + 2 * copies
@@ -416,8 +439,8 @@ def _weights_seconds(weights: Weights, stream: StreamPlan | None, rates: Rates) 
 
 def _update_seconds(costs: Costs, optimizer: str, rates: Rates) -> float:
     """Numbers, gradients and moments are read, and all but gradients written; paged moments cross the bus both ways."""
-    paged = paged_bytes(optimizer, costs.tensors)
-    moved = 12 * sum(costs.tensors) + 2 * (optimizer_bytes(optimizer, costs.tensors) - paged)
+    state, paged = costs.moments[optimizer]
+    moved = 3 * costs.adapter + 2 * (state - paged)
     return moved / (rates.memory * 1e9) + 2 * paged / (rates.bus * 1e9)
 
 

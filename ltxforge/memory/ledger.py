@@ -32,11 +32,15 @@ of its own until all are added.
 
 @dataclass
 class Stretch:
-    """Bytes while something ran: live when it began, and the most until it ended. Both read 0 at the ledger's start."""
+    """Bytes while something ran: live when it began, and the most until it ended. Both read 0 at the ledger's start.
+
+    `small` are those of `began` that lie in storages below the ledger's `least`.
+    """
 
     name: str
     began: int
     peak: int
+    small: int = 0
     read_and_written: int = 0
 
 
@@ -49,8 +53,9 @@ class Ledger(TorchDispatchMode):
         read: storages that were there before and were read, by `_cdata`; only of use while they live.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, least: int = 0) -> None:
         super().__init__()
+        self.least = least
         self.grain = GRAIN.get(kind, USUAL_GRAIN)
         self.live = 0
         self.stretches = [Stretch("start", 0, 0)]
@@ -59,7 +64,8 @@ class Ledger(TorchDispatchMode):
 
     def mark(self, name: str) -> None:
         """Begin a stretch."""
-        self.stretches.append(Stretch(name, self.live, self.live))
+        small = sum(size for size in self._held.values() if size < self.least)
+        self.stretches.append(Stretch(name, self.live, self.live, small))
 
     def stretch(self, name: str) -> Stretch:
         """The stretch of a name."""
@@ -115,9 +121,9 @@ class DeviceAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention and args[0].is_meta:
+        if func is functional.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
-        if func is functional.rms_norm and args[0].is_meta and not self._is_cpu:
+        if func is functional.rms_norm and not self._is_cpu:
             return torch.ops.aten._fused_rms_norm(*_norm_arguments(*args, **kwargs))[0]
         return func(*args, **kwargs)
 

@@ -22,14 +22,16 @@ from ltxforge import flow_matching
 from ltxforge.lora.inject import adapter_parameters, inject
 from ltxforge.lora.layers import BLOCKS, linear_layers, modality_of
 from ltxforge.lora.targets import Match, match
+from ltxforge.memory.activations import LEAST_BYTES
 from ltxforge.memory.costs import BlockWork, Effort, Pass, Weights
 from ltxforge.memory.ledger import DeviceAttention, Ledger
 from ltxforge.memory.recompute import recomputed
+from ltxforge.memory.trace_parts import denoising
 from ltxforge.memory.units import aligned
 from ltxforge.modalities import Streams, has
 from ltxforge.models.interface import Noisy, NoisyTokens, PromptEmbeddings, VideoModel
 from ltxforge.models.random_weights import prompt_widths, random_model
-from ltxforge.plan import BucketPlan, Plan
+from ltxforge.plan import BucketPlan, Plan, PromptPlan
 from ltxforge.quant.formats import FORMATS, why_not
 from ltxforge.quant.linear import QuantisedLinear
 from ltxforge.specs import ModelSpec
@@ -39,17 +41,26 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TRACED_BLOCKS = 3
 
 
-def block_work(plan: Plan, spec: ModelSpec, bucket: BucketPlan, base: str = "bf16", double: bool = False) -> BlockWork:
+def block_work(
+    plan: Plan,
+    spec: ModelSpec,
+    bucket: BucketPlan,
+    base: str = "bf16",
+    double: bool = False,
+    prompt: PromptPlan | None = None,
+) -> BlockWork:
     """One micro-batch of a bucket under a base precision.
 
     Args:
         base: as in a recipe's `memory.base_precision`; `double` of "nf4".
+        prompt: a sample whose denoising is looked at, too.
     """
     model = traced_model(plan, spec, base, double)
     kept = _step(model, plan, bucket, again=False)
     again = _step(model, plan, bucket, again=True)
     gradients = _gradients(model, inside=True) // TRACED_BLOCKS
     weights = _weights(model, spec, kept.touched)
+    sampled = 0 if prompt is None else denoising(model, prompt, plan.conditioning.prompt_tokens, plan.device.kind)
     return BlockWork(
         kept_first=kept.passes[0],
         kept=kept.passes[1],
@@ -62,6 +73,7 @@ def block_work(plan: Plan, spec: ModelSpec, bucket: BucketPlan, base: str = "bf1
         gradients_outside=_gradients(model, inside=False),
         weights=weights,
         effort=_effort(plan, spec, bucket, base, kept),
+        sampling=sampled,
     )
 
 
@@ -132,7 +144,7 @@ class Traced:
 def _step(model: VideoModel, plan: Plan, bucket: BucketPlan, again: bool) -> Traced:
     """A forward and backward of all blocks, each computed again in the backward pass or none."""
     kind = plan.device.kind
-    ledger = Ledger(kind)
+    ledger = Ledger(kind, LEAST_BYTES)
     for parameter in adapter_parameters(model.transformer).values():
         parameter.grad = None
     model.run_block = partial(_marked, ledger, kind, again)
@@ -152,15 +164,16 @@ def _read(ledger: Ledger, gradients: int, outside: int) -> Traced:
     """The ledger's stretches as passes; gradients of later blocks are taken off their peaks."""
     passes = []
     forwards = [ledger.stretch(f"forward {n}") for n in range(TRACED_BLOCKS)]
-    after = [*(each.began for each in forwards[1:]), ledger.stretch("tail").began]
+    after = [*forwards[1:], ledger.stretch("tail")]
     for number, forward in enumerate(forwards):
         backward = ledger.stretch(f"backward {number}")
         later = outside + (TRACED_BLOCKS - 1 - number) * gradients
         passes.append(
             Pass(
-                after[number] - forward.began,
-                forward.peak - forward.began,
-                max(0, backward.peak - forward.began - later),
+                stays=after[number].began - forward.began,
+                forward=forward.peak - forward.began,
+                backward=max(0, backward.peak - forward.began - later),
+                small=after[number].small - forward.small,
             )
         )
     tail, back = ledger.stretch("tail"), ledger.stretch("backward 1")
@@ -272,6 +285,7 @@ def _weights(model: VideoModel, spec: ModelSpec, touched: frozenset[int]) -> Wei
         outside=found["outside"],
         idle=spec.blocks * (found["idle block"] + found["idle linear"]) + found["idle outside"],
         behind=behind,
+        idle_linear=found["idle linear"],
     )
 
 
