@@ -120,7 +120,7 @@ def blend_weights(spans: list[Span]) -> list[Tensor]:
 
 @contextlib.contextmanager
 def decoding_in_tiles(vae: VideoVae, tiling: DecodeTiling) -> Iterator[None]:
-    """For diffusers' pipelines: `vae.decode` gives the joined tiles, on the host, for a while. Whole, it is left alone."""
+    """For diffusers' pipelines: `vae.decode` gives the joined tiles, on the host, for a while; whole, it is left."""
 
     def decode(latents: Tensor, timestep: Tensor | None = None, return_dict: bool = True) -> tuple[Tensor]:
         assert not return_dict, "pipelines ask for a tuple"
