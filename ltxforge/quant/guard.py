@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from ltxforge_kernels.floors import FLOORS
 from ltxforge_kernels.guard import Verdict, worst
 from ltxforge_kernels.precision import sqnr
 from torch import Tensor, nn
@@ -24,12 +26,29 @@ from ltxforge.quant.linear import IN_8_BITS, STORED, QuantisedLinear
 TOKENS = 256
 
 
+# dB that must be left of what differs between tokens: what the coarsest format leaves of a weight.
+LEAST_DIFFERING = min(FLOORS.values())
+
+
+@dataclass(frozen=True)
 class ActivationVerdict(Verdict):
-    """What quantising one layer's activations leaves of its product."""
+    """What quantising one layer's activations leaves of its product, as `sqnr`, and in dB of what differs in it between
+    tokens: a channel that is large in every token can be nearly all of a product, and its rounding leave nothing of the
+    others.
+    """
+
+    differing: float
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the layer multiplies in 8 bits. NaN is no reason to."""
+        return super().quantised and self.differing >= LEAST_DIFFERING
 
     def __str__(self) -> str:
         outcome = "multiplies in 8 bits" if self.quantised else "keeps its activations whole"
-        return f"{self.layer}: {outcome}, {self.sqnr:.1f} dB of {self.format} (floor {self.floor:.0f} dB)"
+        left = f"{self.sqnr:.1f} dB of {self.format} (floor {self.floor:.0f} dB)"
+        differing = f"{self.differing:.1f} dB of what differs between tokens (floor {LEAST_DIFFERING:.0f} dB)"
+        return f"{self.layer}: {outcome}, {left}, {differing}"
 
 
 def judge_activations(transformer: nn.Module, run_forward: Callable[[], object]) -> list[ActivationVerdict]:
@@ -44,14 +63,10 @@ def judge_activations(transformer: nn.Module, run_forward: Callable[[], object])
         A verdict on each such layer that the pass reached, in the model's order; the others stay as they were.
     """
     layers = {name: layer for name, layer in _judged(transformer) if layer.product == IN_8_BITS}
-    found: dict[str, list[float]] = {name: [] for name in layers}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
     with _watched(layers, found), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         run_forward()
-    verdicts = [
-        ActivationVerdict(name, layer.format, worst(found[name]), FORMATS[layer.format].floor)
-        for name, layer in layers.items()
-        if found[name]
-    ]
+    verdicts = [_verdict(name, layer.format, found[name]) for name, layer in layers.items() if found[name]]
     use_weight_only(transformer, weight_only(transformer) | {each.layer for each in verdicts if not each.quantised})
     return verdicts
 
@@ -69,14 +84,21 @@ def use_weight_only(transformer: nn.Module, names: Collection[str]) -> None:
         layer.product = STORED if name in names else IN_8_BITS
 
 
-def product_left(layer: QuantisedLinear, x: Tensor) -> float:
-    """dB that quantising activations x [..., K] leaves of the layer's product, exact in float32; without the bias,
-    which hides noise. Infinite on a device whose products quantise none.
+def product_left(layer: QuantisedLinear, x: Tensor) -> tuple[float, float]:
+    """dB that quantising activations x [..., K] leaves of the layer's product, exact in float32, and of what differs in
+    it between tokens. Without the bias, which hides noise; infinite on a device whose products quantise no activations.
     """
     rows = x.detach().reshape(-1, x.shape[-1])
     rows = rows[:: max(1, rows.shape[0] // TOKENS)].to(torch.float32)
     exact = F.linear(rows, layer.dequantised(torch.float32))
-    return sqnr(exact, layer.product_of(rows, None, IN_8_BITS, "eager"))
+    product = layer.product_of(rows, None, IN_8_BITS, "eager")
+    common = exact.mean(dim=0) if rows.shape[0] > 1 else 0.0
+    return sqnr(exact, product), sqnr(exact - common, product - common)
+
+
+def _verdict(name: str, format: str, found: list[tuple[float, float]]) -> ActivationVerdict:
+    whole, differing = (worst(list(each)) for each in zip(*found, strict=True))
+    return ActivationVerdict(name, format, whole, FORMATS[format].floor, differing)
 
 
 def _judged(transformer: nn.Module) -> Iterator[tuple[str, QuantisedLinear]]:
@@ -87,7 +109,7 @@ def _judged(transformer: nn.Module) -> Iterator[tuple[str, QuantisedLinear]]:
 
 
 @contextmanager
-def _watched(layers: dict[str, QuantisedLinear], found: dict[str, list[float]]) -> Iterator[None]:
+def _watched(layers: dict[str, QuantisedLinear], found: dict[str, list[tuple[float, float]]]) -> Iterator[None]:
     """Layers with whole activations, so that each calls its `forward`, whose input is measured on the way in."""
 
     def watch(name: str) -> Callable[[QuantisedLinear, tuple[Tensor]], None]:
