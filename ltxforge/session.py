@@ -15,6 +15,7 @@ from ltxforge.checkpoint import Checkpoints
 from ltxforge.dataset.batches import Batches
 from ltxforge.dataset.cache import Cache
 from ltxforge.dataset.cached import CachedData, read_prompt, validation_prompts
+from ltxforge.dry_run import dry_run
 from ltxforge.errors import RunError, Stopped
 from ltxforge.events import (
     CheckpointSaved,
@@ -30,9 +31,10 @@ from ltxforge.events import (
 from ltxforge.lora.files import export, provenance, read
 from ltxforge.lora.inject import adapter_parameters, adapter_scaling, inject, load_adapter
 from ltxforge.lora.targets import match
-from ltxforge.memory.strategy import run_block_of
+from ltxforge.memory.strategy import Strategy
 from ltxforge.models.interface import VideoModel
 from ltxforge.models.parts import release_memory
+from ltxforge.models.vae_tiles import DecodeTiling
 from ltxforge.optim import Optimizer
 from ltxforge.plan import Plan
 from ltxforge.run_directory import RunDirectory
@@ -45,29 +47,39 @@ from ltxforge.validation.sample import validate
 def open_session(
     plan: Plan, model: VideoModel, cache: Cache, data: CachedData, attempt: int, emit: Emit, stop: StopRequest
 ) -> Session:
-    """Load the transformer, put the adapter in and go back to the newest checkpoint."""
-    optimizer = make_trainable(plan, model, emit)
-    session = Session(plan, model, cache, Batches(plan, data, cache), optimizer, attempt, emit, stop)
+    """Load the transformer, put the adapter in and go back to the newest checkpoint. To be closed."""
+    strategy = Strategy(plan, model.device)
+    optimizer = make_trainable(plan, model, emit, strategy)
+    session = Session(plan, model, cache, Batches(plan, data, cache), optimizer, attempt, emit, stop, strategy)
     session.restore()
     return session
 
 
-def make_trainable(plan: Plan, model: VideoModel, emit: Emit) -> Optimizer:
-    """Load the transformer, put a fresh adapter in and give its optimiser."""
-    adapt(plan, model, emit)
+def make_trainable(plan: Plan, model: VideoModel, emit: Emit, strategy: Strategy | None = None) -> Optimizer:
+    """Load the transformer, put a fresh adapter in and give its optimiser; see `adapt`."""
+    adapt(plan, model, emit, strategy)
     model.transformer.train()
     return Optimizer(plan.optimizer, adapter_parameters(model.transformer))
 
 
-def adapt(plan: Plan, model: VideoModel, emit: Emit) -> None:
-    """Load the transformer and put a fresh adapter in; both compute as the plan says."""
+def adapt(plan: Plan, model: VideoModel, emit: Emit, strategy: Strategy | None = None) -> None:
+    """Load the transformer and put a fresh adapter in; both are kept and compute as the plan says.
+
+    Args:
+        strategy: the plan's own, of whoever will close it; else it goes with the model.
+    """
+    strategy = strategy or Strategy(plan, model.device)
+    model.keep = strategy.keep(model.dtype, emit)
     model.load_transformer()
     matched = match(plan.lora.targets, model.spec, plan.lora.modalities, plan.training.modalities)
-    report = inject(model.transformer, plan.lora, matched, plan.seed, plan.kernels)
+    report = inject(model.transformer, plan.lora, matched, plan.seed, plan.kernels, model.device)
     release_memory(model.device)  # of weights that now stand beside a copy of B
     emit(LoraInjected(dataclasses.asdict(report)))
     model.kernels = plan.kernels
-    model.run_block = run_block_of(plan.memory, model.device)
+    strategy.apply(model)
+    for note in strategy.notes:
+        emit(Note(note, "warning"))
+    model.decode_tiling = DecodeTiling(plan.memory.decode_tile, plan.memory.decode_frames)
 
 
 @dataclass
@@ -82,6 +94,7 @@ class Session:
     attempt: int
     emit: Emit
     stop: StopRequest
+    strategy: Strategy
     start: int = 0
     saved: int = 0
 
@@ -114,9 +127,15 @@ class Session:
         self.start = self.saved = saved.step
         self.emit(Resumed(saved.step, str(saved.path), saved.refused))
 
+    def close(self) -> None:
+        """Let go of the weights that wait outside of the device."""
+        self.strategy.close()
+
     def train(self) -> None:
         """Train to the plan's end, or to a stop, which saves and raises Stopped."""
         began = time.monotonic()
+        if self.plan.memory.dry_run and self.start < self.plan.steps and not self.stop.requested:
+            dry_run(self.plan, self.model, self.batches, self.optimizer, self.emit)
         self.sample(self.start)
         step = self.start
         if step >= self.plan.steps:
