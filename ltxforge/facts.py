@@ -16,10 +16,13 @@ from ltxforge.dataset.scan import Clip, enforce_max_rejected, scan
 from ltxforge.digests import FileDigests
 from ltxforge.errors import HubError, LtxforgeError, PlanError, WeightsError
 from ltxforge.events import Emit, Note
+from ltxforge.fit import Asked
 from ltxforge.lora.header import ALPHA, describe
 from ltxforge.lora.init_from import LoraFile, digest_of, peft_scale
 from ltxforge.media import demo
 from ltxforge.media.decode import DecodeError, read_image
+from ltxforge.memory import appraisal
+from ltxforge.memory.costs import Costs
 from ltxforge.models.detect import plan_model
 from ltxforge.models.formats import PLAIN
 from ltxforge.models.sources import spec_of
@@ -123,8 +126,14 @@ def ask(world: World, parsed: Parsed, emit: Emit, stop: StopRequest) -> Facts:
         name=where.name, directory=str(where.run), cache_directory=str(where.cache), hardware=world.hardware(),
         model=model, spec=spec, clips=found, library=library or [], said=parsed.said,
         overridden=parsed.overridden, out_given=where.out_given, warnings=parsed.warnings,
-        previous=world.previous, lora_file=lora_file,
+        previous=world.previous, lora_file=lora_file, costs_of=costs,
     )  # fmt: skip
+
+
+def costs(plan: Plan, spec: ModelSpec, asked: Asked) -> Costs:
+    """What the run of a drafted plan takes, whatever of `asked` is chosen."""
+    bases = [(base, base == "nf4" and asked.double_quant) for base in asked.base_precisions]
+    return appraisal.costs_of(plan, spec, bases, asked.tiles)
 
 
 def _all_at_once(missing: list[LtxforgeError]) -> PlanError:

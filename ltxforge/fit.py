@@ -35,12 +35,16 @@ from ltxforge.memory.costs import (
 from ltxforge.memory.units import spread
 from ltxforge.plan import MemoryPlan, PhasePlan, StreamPlan
 
-HAIR = 0.01
+HAIR = 0.02
 """Differences of a step's estimated seconds that mean nothing."""
 WORTH_TELLING = 0.03
 """How much faster the next choice must be to be told."""
 SYSTEM_BYTES = 2 * 2**30
 """What the operating system and a desktop keep of the host's memory."""
+PINNED_SHARE = 0.5
+"""How much of the host's memory a step may fill with what waits there for the device: it is pinned, so that the system
+cannot swap it out and has to get along with the rest. Windows allows no more.
+"""
 UNLIMITED = 2**60
 """Bytes of a memory of which nobody said how large it is."""
 BASE_PRECISIONS = ("bf16", "int8", "nf4")
@@ -53,27 +57,32 @@ TEXT_ENCODERS = ("bf16", "int8", "nf4")
 class Budget:
     """Bytes that the phases of a run may take, margins taken off; `device` is None where it shares the host's memory.
 
-    `whole_device` and `whole_host` are what there is with the margins, for words.
+    `step_host` bounds the host's part of a step. `whole_device` and `whole_host` are what there is with the margins.
     """
 
     device: int | None
     host: int
+    step_host: int = UNLIMITED
     whole_device: int = 0
     whole_host: int = 0
 
+    def host_for(self, phase: PhasePlan) -> int:
+        """What a phase may take of the host's memory."""
+        return min(self.host, self.step_host) if phase.name == "step" else self.host
+
     def holds(self, phase: PhasePlan) -> bool:
         """Whether a phase fits."""
-        return phase.host_bytes <= self.host and (self.device is None or phase.device_bytes <= self.device)
+        return self.excess(phase) <= 0
 
     @property
     def hard(self) -> Budget:
         """What no run gets past: without the allocator's margin and the system's."""
         device = None if self.device is None else max(0, self.whole_device - CONTEXT_BYTES)
-        return replace(self, device=device, host=self.whole_host)
+        return replace(self, device=device, host=self.whole_host, step_host=UNLIMITED)
 
     def excess(self, phase: PhasePlan) -> int:
         """By how many bytes a phase is too large, on the device or on the host; below 0 what is left."""
-        on_host = phase.host_bytes - self.host
+        on_host = phase.host_bytes - self.host_for(phase)
         return on_host if self.device is None else max(on_host, phase.device_bytes - self.device)
 
 
@@ -95,8 +104,9 @@ def budget_of(device: int, host: int, *, shared: bool) -> Budget:
     """
     free = max(0, host - SYSTEM_BYTES)
     if shared:
-        return Budget(None, min(free, device) if device else free, 0, host)
-    return Budget(round(max(0, device - CONTEXT_BYTES) / (1 + RESERVED_SHARE)), free, device, host)
+        return Budget(None, min(free, device) if device else free, whole_host=host)
+    own = round(max(0, device - CONTEXT_BYTES) / (1 + RESERVED_SHARE))
+    return Budget(own, free, round(PINNED_SHARE * host), device, host)
 
 
 @dataclass(frozen=True)
@@ -214,10 +224,8 @@ class Search:
 
     def leanest(self) -> Way:
         """The way that takes least of the device: what a refusal speaks of."""
-        asked, memory = self.asked, self.memory(
-            self.asked.base_precisions[-1], self.asked.disks[-1], self.asked.offloads[-1], self._counts()[-1],
-            self._most_again,
-        )  # fmt: skip
+        asked, (offload, disk) = self.asked, self._places()[-1]
+        memory = self.memory(asked.base_precisions[-1], disk, offload, self._counts()[-1], self._most_again)
         return self._way(asked.optimizers[-1], memory)
 
     def fits(self, way: Way) -> bool:
@@ -247,7 +255,7 @@ class Search:
         `least`.
         """
         found = []
-        for offload, disk in product(self.asked.offloads, self.asked.disks):
+        for offload, disk in self._places():
             if disk != self.asked.disks[0] and self._host_holds_all(base, optimizer, offload):
                 continue  # a disk makes nothing faster
             for streamed in self._counts():
@@ -280,6 +288,14 @@ class Search:
             )
         return min((way(count, True) for count in {again, low}), key=lambda each: each.seconds)
 
+    def _places(self) -> list[tuple[bool, str]]:
+        """Whether activations wait on the host, and where weights do. Weights do not make room on a disk for
+        activations: that would be read from end to end in every step.
+        """
+        asked = self.asked
+        places = product(asked.offloads, asked.disks)
+        return [(offload, disk) for offload, disk in places if not offload or disk == asked.disks[0]]
+
     def _way(self, optimizer: str, memory: MemoryPlan) -> Way:
         return Way(memory, optimizer, step_seconds(self.costs, memory, optimizer, self.rates))
 
@@ -293,7 +309,7 @@ class Search:
     def _host_holds_all(self, base: str, optimizer: str, offload: bool) -> bool:
         """Whether the host's memory is enough whatever waits in it."""
         memory = self.memory(base, self.asked.disks[0], offload, self._counts()[-1], 0)
-        return all(phase.host_bytes <= self.budget.host for phase in phases(self.costs, memory, optimizer))
+        return all(phase.host_bytes <= self.budget.host_for(phase) for phase in phases(self.costs, memory, optimizer))
 
     def _least_again(self, base: str, optimizer: str, disk: str, offload: bool, streamed: int) -> int | None:
         """The fewest blocks that must be computed again, so that everything fits; None if it never does."""
@@ -321,7 +337,7 @@ class Search:
         asked = self.asked
         bases = asked.base_precisions[: asked.base_precisions.index(way.memory.base_precision) + 1]
         optimizers = asked.optimizers[: asked.optimizers.index(way.optimizer) + 1]
-        for base, optimizer, disk, offload in product(bases, optimizers, asked.disks, asked.offloads):
+        for base, optimizer, (offload, disk) in product(bases, optimizers, self._places()):
             for streamed in self._counts():
                 if other := self._leanest_within(base, optimizer, disk, offload, streamed, seconds):
                     yield self._need(other), other
@@ -348,7 +364,7 @@ class Search:
     def _need(self, way: Way) -> tuple[int, int]:
         """By how many bytes a way is too large for the device and for the host; below 0 what is left."""
         found = phases(self.costs, way.memory, way.optimizer)
-        on_host = max(phase.host_bytes for phase in found) - self.budget.host
+        on_host = max(phase.host_bytes - self.budget.host_for(phase) for phase in found)
         if self.budget.device is None:
             return -1, on_host
         return max(phase.device_bytes for phase in found) - self.budget.device, on_host

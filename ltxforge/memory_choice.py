@@ -1,7 +1,8 @@
 """How a run's memory is decided: what the recipe wishes, what `fit` chooses, and a refusal of what cannot fit. Pure.
 
 `planner.py` gives a draft of the plan in which everything else is decided, and a way to draft the recipe with other
-keys. Where nobody can say what a run costs (`CostsOf`), only the wishes are carried out. Torch-free.
+keys. Where nobody can say what a run costs (`CostsOf`), only the wishes are carried out; built-in tiny models
+fit everywhere, so that nobody asks. Torch-free.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def decide(recipe: Recipe, plan: Plan, case: Case) -> Decision:
     """
     asked = case.wishes(recipe)
     notes = memory_remarks(recipe, asked.memory, case.hardware)
-    if case.costs_of is None:
+    if case.costs_of is None or (case.spec.tiny and not _is_asked(recipe)):
         return Decision(_legal(asked.memory, recipe, case), asked.optimizers[0], notes=notes)
     costs = case.costs_of(plan, case.spec, asked)
     asked = _within_budget(recipe, asked, costs)
@@ -108,6 +109,11 @@ def decide(recipe: Recipe, plan: Plan, case: Case) -> Decision:
     _legal(memory, recipe, case)
     words = words_on(search, way, _assumed(case))
     return Decision(memory, way.optimizer, phases(costs, memory, way.optimizer), words, notes, _chosen(asked))
+
+
+def _is_asked(recipe: Recipe) -> bool:
+    """Whether the recipe asks for a choice that needs to know what things take."""
+    return recipe.memory.fit is not None or recipe.memory.activation_budget is not None
 
 
 def _legal(memory: MemoryPlan, recipe: Recipe, case: Case) -> MemoryPlan:

@@ -39,7 +39,7 @@ def _words_on(search: Search, way: Way, assumed: str) -> Iterator[str]:
         )
     else:
         yield f"everything resident fits: {worst.name}, the largest phase, leaves {gigabytes(-excess)}"
-    if way.memory != search.asked.memory or way.optimizer != search.asked.optimizers[0]:
+    if (way.memory, way.optimizer) != (resident.memory, resident.optimizer):
         yield f"chosen: {describe(way, search.costs.blocks)}"
     whole = step_seconds(search.costs, resident.memory, resident.optimizer, search.rates)
     share = way.seconds / whole
@@ -95,13 +95,13 @@ def too_large(search_budget: Budget, phase: PhasePlan) -> str:
     """A phase that does not fit, with its parts."""
     parts = sorted(phase.parts.items(), key=lambda part: -part[1])[:LARGEST_PARTS]
     told = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts)
-    on_host = search_budget.device is None or phase.host_bytes - search_budget.host > max(
+    on_host = search_budget.device is None or phase.host_bytes - search_budget.host_for(phase) > max(
         0, phase.device_bytes - search_budget.device
     )
     if on_host:
         return (
             f"{phase.name} would take {gigabytes(phase.host_bytes)} of the host's memory, of which a run may have"
-            f" {gigabytes(search_budget.host)}"
+            f" {gigabytes(search_budget.host_for(phase))}"
         ) + (f": {told}" if search_budget.device is None else "")
     return (
         f"{phase.name} would take {gigabytes(phase.device_bytes)} on the device, of which a run may have"
@@ -140,6 +140,6 @@ def _binding(search: Search, way: Way) -> PhasePlan:
 
 
 def _taken(budget: Budget, phase: PhasePlan) -> int:
-    if budget.device is None or phase.host_bytes - budget.host > phase.device_bytes - budget.device:
+    if budget.device is None or phase.host_bytes - budget.host_for(phase) > phase.device_bytes - budget.device:
         return phase.host_bytes
     return phase.device_bytes
