@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 from ltxforge.modalities import Streams
 from ltxforge.models.blocks import RunBlock
+from ltxforge.models.vae_tiles import DecodeTiling
 from ltxforge.plan import PromptPlan
+from ltxforge.quant.keep import Keep
+from ltxforge.quant.report import BaseReport
 from ltxforge.shapes import LatentShape
 from ltxforge.specs import ModelSpec
 
@@ -118,8 +121,12 @@ def from_tokens(tokens: Tensor, shape: LatentShape) -> Tensor:
 class VideoModel(Protocol):
     """A base model. Encoders load on demand and are freed; training touches `predict` and `blocks` alone.
 
+    `keep` says how the transformer's weights are kept; it counts when they are loaded.
+
     `modalities` says what it computes: "video", "audio" or "both"; what is left out costs nothing. `kernels` says how
-    each op is carried out, eager until a run's choices are set, `run_block` how blocks are called, plainly until then.
+    each op is carried out, eager until a run's choices are set, `run_block` how blocks are called, plainly until then,
+    `make_room` gives up what is on the device only so that it is there when it is needed (places of streamed weights),
+    `decode_tiling` in which tiles latents are decoded, whole until then.
     """
 
     spec: ModelSpec
@@ -129,8 +136,16 @@ class VideoModel(Protocol):
     vae_dtype: torch.dtype
     text_dtype: torch.dtype
     modalities: str
+    keep: Keep
     kernels: Kernels
     run_block: RunBlock
+    make_room: Callable[[], None]
+    decode_tiling: DecodeTiling
+
+    @property
+    def base_report(self) -> BaseReport:
+        """What became of the transformer's linear layers when it was loaded."""
+        ...
 
     @property
     def transformer(self) -> nn.Module:
@@ -138,7 +153,7 @@ class VideoModel(Protocol):
         ...
 
     def load_transformer(self) -> None:
-        """Put the transformer, frozen, on the device."""
+        """Load the transformer, frozen, each of its weights as `keep` says."""
         ...
 
     def vae(self) -> AbstractContextManager[None]:
@@ -194,6 +209,10 @@ class VideoModel(Protocol):
 
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer's blocks in order."""
+        ...
+
+    def unused_modules(self) -> Sequence[nn.Module]:
+        """The transformer's modules that `predict` never computes with these modalities; samples may."""
         ...
 
     def sample(

@@ -8,8 +8,10 @@ no version: what differs between 2.0, 2.3 and 2.5 shows in the modules.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,17 +82,20 @@ class LTX2Video(BaseModel):
 
     def load_transformer(self) -> None:
         if self._transformer is None:
+            self.keep = dataclasses.replace(self.keep, waiting=partial(unused_modules, modalities=self.modalities))
             super().load_transformer()
-            self._leave_unused("cpu")
 
     def _leave_unused(self, device: torch.device | str) -> None:
         """What a run on one modality never computes lies on the host; samples, which are joint, need it back."""
-        unused = unused_modules(self.transformer, self.modalities)
+        unused = self.unused_modules()
         if not unused or self.device.type == "meta":  # meta tensors are shapes alone: there is nothing to move
             return
         for module in unused:
             nn.Module.to(module, device)
         release_memory(self.device)
+
+    def unused_modules(self) -> Sequence[nn.Module]:
+        return unused_modules(self.transformer, self.modalities)
 
     def predict(self, noisy: Noisy, prompts: PromptBatch) -> Streams[Tensor]:
         given = {
@@ -226,7 +231,8 @@ class LTX2Video(BaseModel):
 
     def decode(self, latents: Tensor) -> Tensor:
         assert isinstance(self._encoder, AutoencoderKLLTX2Video), "this works inside vae()"
-        return decode_frames(self._encoder, latents, self.device, self.spec.sampling.decode_timestep)
+        timestep = self.spec.sampling.decode_timestep
+        return decode_frames(self._encoder, latents, self.device, timestep, self.decode_tiling)
 
     @property
     def sound_rate(self) -> int:
@@ -265,7 +271,8 @@ class LTX2Video(BaseModel):
         negative = self.batch_prompts([prompts[prompt.negative_prompt]], tokens) if prompt.guided else None
         if prompt.frugal:
             self._connectors = None  # loaded again with the next batch
-        sampler = LTX2Sampler(self.spec, self.transformer, self._parts, self.device, self.vae_dtype)
+        place = self.device, self.vae_dtype, self.decode_tiling
+        sampler = LTX2Sampler(self.spec, self.transformer, self._parts, *place, make_room=self.make_room)
         try:
             self._leave_unused(self.device)
             return sampler.sample(prompt, embeds, negative, image, on_step)

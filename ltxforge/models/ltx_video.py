@@ -44,7 +44,9 @@ from ltxforge.models.blocks import (
 from ltxforge.models.interface import Latents, Noisy, PromptBatch, PromptEmbeddings, Sample, WantedPrompt
 from ltxforge.models.parts import cast, release_memory
 from ltxforge.models.vae import decode_frames, encode_frames
+from ltxforge.models.vae_tiles import decoding_in_tiles
 from ltxforge.plan import PromptPlan
+from ltxforge.quant.keep import Keep
 from ltxforge.shapes import LatentShape
 from ltxforge.specs import ModelSpec
 
@@ -182,9 +184,12 @@ def pad_prompts(
 
 @dataclass(frozen=True)
 class Parts:
-    """How each part is made, on demand, on the device and in the dtype it is given. Made by `load.py` and `tiny.py`."""
+    """How each part is made, on demand, on the device and in the dtype it is given; the transformer as it is kept.
 
-    transformer: Callable[[torch.device, torch.dtype], LTXVideoTransformer3DModel]
+    Made by `load.py` and `tiny.py`.
+    """
+
+    transformer: Callable[[Keep], LTXVideoTransformer3DModel]
     vae: Callable[[torch.device, torch.dtype], AutoencoderKLLTXVideo]
     text_encoder: Callable[[torch.device, torch.dtype], tuple[T5EncoderModel, PreTrainedTokenizerBase]]
     scheduler: Callable[[], FlowMatchEulerDiscreteScheduler]
@@ -289,7 +294,8 @@ class LTXVideo(BaseModel):
         return encode_frames(self._loaded_vae(), frames, self.device, self.kernels)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return decode_frames(self._loaded_vae(), latents, self.device, self.spec.sampling.decode_timestep)
+        timestep = self.spec.sampling.decode_timestep
+        return decode_frames(self._loaded_vae(), latents, self.device, timestep, self.decode_tiling)
 
     def sample(
         self,
@@ -302,12 +308,21 @@ class LTXVideo(BaseModel):
         """See `VideoModel.sample`. The VAE is held throughout; there is no sound and no frugal way."""
         embeds = self.batch_prompts([prompts[prompt.prompt]], tokens)
         negative = self.batch_prompts([prompts[prompt.negative_prompt]], tokens) if prompt.guided else None
+
+        def after_step(finished: int) -> None:
+            if finished == prompt.steps:
+                self.make_room()  # the picture is decoded next
+            on_step(finished)
+
         with self.vae():
             vae = cast(self._loaded_vae(), self.device, self.dtype)
             pipeline = ltx_video_sampling.make_pipeline(
                 self.rope, image is not None, self.transformer, vae, self._parts.scheduler()
             )
-            made = ltx_video_sampling.sample(pipeline, self.spec.sampling, prompt, embeds, negative, image, on_step)
+            with decoding_in_tiles(vae, self.decode_tiling):
+                made = ltx_video_sampling.sample(
+                    pipeline, self.spec.sampling, prompt, embeds, negative, image, after_step
+                )
             del vae, pipeline  # so that the memory is free once vae() is left
         return made
 
