@@ -16,7 +16,7 @@ from ltxforge.events import ignore
 from ltxforge.modalities import Streams, has
 from ltxforge.models.interface import Noisy, NoisyTokens, VideoModel
 from ltxforge.models.random_weights import random_model, random_prompt
-from ltxforge.plan import BucketPlan, Plan
+from ltxforge.plan import BucketPlan, MemoryPlan, Plan
 from ltxforge.session import adapt
 from ltxforge.specs import ModelSpec
 from ltxforge.ui.kernels_table import Calls
@@ -46,12 +46,20 @@ def calls_of(plan: Plan, spec: ModelSpec, bucket: BucketPlan) -> list[Calls]:
     """
     recorder = Recorder()
     model = random_model(spec, META, torch.bfloat16, plan.training.modalities)
-    adapt(dataclasses.replace(plan, kernels=recorder), model, ignore)
+    adapt(_resident(plan, recorder), model, ignore)
     _predict(model, plan, spec, bucket)
     return [
         Calls(op, plan.kernels.of(op, tokens, width), tokens, width, count)
         for (op, tokens, width), count in sorted(recorder.asked.items())
     ]
+
+
+def _resident(plan: Plan, recorder: Recorder) -> Plan:
+    """The plan with everything in its place: where weights wait, and what is computed again, changes no call."""
+    base = MemoryPlan(base_precision=plan.memory.base_precision, double_quant=plan.memory.double_quant)
+    return dataclasses.replace(
+        plan, kernels=recorder, memory=base, training=dataclasses.replace(plan.training, compile=False)
+    )
 
 
 @torch.no_grad()

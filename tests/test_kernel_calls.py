@@ -8,7 +8,7 @@ import pytest
 from ltxforge_kernels.choice import Choice, Kernels, TokenRange
 
 from ltxforge.kernel_calls import calls_of
-from ltxforge.plan import BucketPlan, TrainingPlan
+from ltxforge.plan import BucketPlan, MemoryPlan, StreamPlan, TrainingPlan
 from ltxforge.shapes import ClipShape
 from ltxforge.specs import SPECS, TINY
 
@@ -44,6 +44,19 @@ def test_sound_has_calls_of_its_own(plan_maker):
     plan = plan_maker("tiny/ltx2.3")
     both, video = (counted(plan, spec, modalities)[1] for modalities in ("both", "video"))
     assert {key for key in both if key[1] == 126} and not {key for key in video if key[1] == 126}
+
+
+@pytest.mark.parametrize(("base", "op"), [("nf4", "nf4"), ("int8-w8a8", "int8"), ("fp8", "fp8")])
+def test_a_quantised_base_has_a_product_for_each_linear_layer(base, op, plan_maker):
+    """Wherever it waits. Under a LoRA, whose branch is a call of its own, but for W8A8, which has it in its product."""
+    spec = SPECS["0.9.5"]
+    stream = StreamPlan(tuple((number,) for number in range(spec.blocks)))
+    memory = MemoryPlan(tuple(range(spec.blocks)), base, base == "nf4", stream=stream)
+    _, counts = counted(dataclasses.replace(plan_maker("tiny/ltx-video"), memory=memory), spec, "video")
+    products = {key[1:]: count for key, count in counts.items() if key[0] == op}
+    branches = {key[1:]: count for key, count in counts.items() if key[0] == "lora_linear"}
+    assert sum(products.values()) == 10 * spec.blocks and products[6144, 4 * spec.width] == spec.blocks
+    assert branches == ({} if base == "int8-w8a8" else products)
 
 
 def test_exceptions_by_size_are_told_where_they_hold(plan_maker):
