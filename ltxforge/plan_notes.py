@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from ltxforge.lora.init_from import LoraFile
 from ltxforge.lora.layers import modality_of
 from ltxforge.lora.targets import Match
+from ltxforge.memory.graphs import block_graphs
 from ltxforge.moments import LEAST_PAGED, MOMENTS, paged_bytes
 from ltxforge.plan import Plan, learning_rate_at
 from ltxforge.specs import ModelSpec
@@ -52,7 +53,17 @@ def notes_on(
         if stg_is_said and not spec.skips_attention:
             notes.append(f"{spec.version} has no attention that STG could skip; validation.stg is left out")
     notes += _on_optimizer(plan, matched)
+    notes += _on_compiling(plan)
     return (*notes, *_on_batches(plan), *_on_guidance(plan, spec), *_on_schedule(plan))
+
+
+def _on_compiling(plan: Plan) -> Iterator[str]:
+    if plan.training.compile:
+        count = block_graphs(plan)
+        yield (
+            f"torch.compile makes {count} {'program' if count == 1 else 'programs'} of a block, one for each size and"
+            " kind of micro-batch; the first step with each takes up to a minute longer"
+        )
 
 
 def _on_sound(plan: Plan, matched: Match) -> Iterator[str]:

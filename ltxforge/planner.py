@@ -295,7 +295,7 @@ def _kernels(recipe: Recipe, facts: Facts, modalities: str, base_precisions: Seq
 def _device(recipe: Recipe, facts: Facts, kernels: Kernels, data: DataPlan, modalities: str) -> DevicePlan:
     hardware, samples = facts.hardware, recipe.training.batch_size * recipe.training.accumulate
     precision, encoders = precisions(recipe, hardware, facts.previous)
-    exactness, reason = exactness_of(hardware, facts.previous, kernels)
+    exactness, reason = exactness_of(hardware, facts.previous, kernels, recipe.training.compile)
     return DevicePlan(
         precision=precision, encoder_precision=encoders, kind=hardware.kind, attention="PyTorch SDPA",
         exactness=exactness, exactness_reason=reason, name=hardware.name, versions=dict(hardware.versions),

@@ -13,6 +13,7 @@ from ltxforge_kernels.choice import EAGER, OPS
 from ltxforge.dataset.scan import Clip
 from ltxforge.errors import PlanError
 from ltxforge.hardware import Hardware
+from ltxforge.memory.graphs import block_graphs
 from ltxforge.models.audio_features import MelSettings, latent_length
 from ltxforge.plan import AudioPlan, ComponentPlan, ModelPlan, Plan, every_nth, from_json, to_json
 from ltxforge.planner import Facts, make_plan
@@ -250,6 +251,20 @@ def test_other_kernels_on_a_cpu_end_its_exactness():
     again = plan_for(MINIMAL, previous=compiled)
     assert kernels_of(again)["gelu"] == "compile" and again.device == compiled.device
     assert plan_for(MINIMAL + '[kernels]\nall = "eager"\n', previous=first).device.exactness == "exact"
+
+
+def test_a_compiled_block_ends_a_cpu_s_exactness_and_is_counted():
+    compiling = MINIMAL + "[training]\ncompile = true\n"
+    first, compiled = plan_for(), plan_for(compiling)
+    assert compiled.device.exactness == "statistical" and "torch.compile" in compiled.device.exactness_reason
+    assert first.identity_digest() == compiled.identity_digest()
+    told = "changed since this run began: blocks are compiled now"
+    assert plan_for(compiling, previous=first).device.exactness_reason == told
+    told = "changed since this run began: blocks are no longer compiled"
+    assert plan_for(MINIMAL, previous=compiled).device.exactness_reason == told
+    (note,) = [note for note in compiled.notes if "torch.compile" in note]
+    assert note.startswith(f"torch.compile makes {block_graphs(compiled)} program")
+    assert not [note for note in first.notes if "torch.compile" in note]
 
 
 def test_an_earlier_release_s_run_stays_eager():

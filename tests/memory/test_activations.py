@@ -191,7 +191,7 @@ def test_the_backward_pass_fetches_one_block_ahead():
     transfers.told.clear()
     loss.backward()
     backward = [each for each in transfers.told if "back" in each]
-    # The last block, whose input stayed, has the fourth one's begin; there the third one's begins before that is awaited.
+    # The last block, whose input stayed, begins the one before; that begins the next before its own is awaited.
     assert backward == ["back", *["back", "wait back"] * 3, "wait back"]
 
 

@@ -120,6 +120,70 @@ def require_same_bits_when_stopped(work, *sets):
     return outcome
 
 
+SWAP = ("memory.block_swap=2", "memory.checkpointing=2")
+DISK = ("memory.group_offload=leaf_level", "memory.offload_to_disk=waiting", "memory.offload_activations=true")
+GROUPS = ("memory.group_offload=block_level", "memory.blocks_per_group=2", "memory.checkpointing=true")
+AWAY = ("memory.checkpointing=true", "memory.offload_activations=true")
+
+
+@pytest.mark.parametrize(
+    ("family", "before", "after"),
+    [
+        ("ltx-video", SWAP, DISK),
+        ("ltx2", DISK, (*SWAP, "memory.offload_activations=true")),
+        *(
+            pytest.param(family, *ways, marks=pytest.mark.sweep)
+            for family in ("ltx-video", "ltx2")
+            for ways in ((GROUPS, GROUPS), (AWAY, AWAY), (GROUPS, ()), ((), AWAY), (DISK, DISK), (SWAP, SWAP))
+        ),
+    ],
+)
+def test_where_weights_and_activations_wait_changes_no_bit_when_stopped_and_resumed(before, after, work, reference):
+    """A run goes on under another strategy than it was begun with, and ends as one that had none."""
+    (work.folder / "waiting").mkdir()
+    work.run(*before, code=143, signal_at={"at": {"event": "StepDone", "step": 4}, "signal": 15})
+    assert "resumed     after step 4," in work.run(*after).text
+    reference.require(work.out())
+    assert not list((work.folder / "waiting").iterdir()), "what waited on the disk is gone with the process"
+
+
+@pytest.mark.parametrize(
+    ("family", "sets"),
+    [
+        ("ltx-video", ["memory.base_precision=nf4", "memory.checkpointing=2", *DISK]),
+        *(
+            pytest.param(family, [f"memory.base_precision={name}", *more], marks=pytest.mark.sweep)
+            for family in ("ltx-video", "ltx2")
+            for name, more in (
+                ("nf4", ()), ("nf4", ("memory.double_quant=false", *SWAP)), ("int8", GROUPS), ("int8-w8a8", AWAY),
+                ("fp8", ("memory.quantise_on=host",)),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_a_quantised_base_is_stopped_and_resumed(sets, work):
+    """Quantised at the first start, read from the cache at the next ones: another base than the plain run's."""
+    (work.folder / "waiting").mkdir()
+    outcome = require_same_bits_when_stopped(work, *sets)
+    work.run("run.steps=5", "validation.every=0", out="plain")
+    plain = work.outcome("plain", step=5)
+    assert outcome.keys() == plain.keys() and outcome != plain
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("family", ["ltx-video", "ltx2"])
+def test_a_compiled_run_is_stopped_and_resumed(work, reference):
+    """Other code and so other sums; no promise of bits, which the plan says, and the same steps but for rounding."""
+    sets = ("training.compile=true", "run.steps=4", "validation.every=0", "lora.dropout=0", *SWAP)
+    work.run(*sets, code=143, signal_at={"at": {"event": "StepDone", "step": 2}, "signal": 15})
+    resumed = work.run(*sets)
+    assert "statistical" in resumed.text and "resumed     after step 2," in resumed.text
+    work.run(*sets, "training.compile=false", out="plain")
+    losses = [{event["step"]: event["loss"] for event in work.events("StepDone", out)} for out in ("run", "plain")]
+    assert losses[0].keys() == losses[1].keys() == {1, 2, 3, 4}
+    assert all(abs(losses[0][step] - losses[1][step]) <= 1e-3 * losses[1][step] for step in losses[0])
+
+
 @pytest.mark.parametrize("family", ["ltx2"])
 def test_picture_and_sound_are_both_trained_where_both_are(reference):
     """What the other tests compare: steps with sound and, because of first frames and mute clips, sums of different
