@@ -222,6 +222,17 @@ class Search:
         """What is asked for, with nothing chosen."""
         return self._way(self.asked.optimizers[0], self.asked.memory)
 
+    def resident(self) -> Way:
+        """Everything at its best and in its place, as far as that is open."""
+        asked = self.asked
+        memory = replace(
+            self.memory(asked.base_precisions[0], asked.disks[0], asked.offloads[0], 0, 0),
+            decode_tile=asked.tiles[0][0],
+            decode_frames=asked.tiles[0][1],
+            text_encoder_precision=asked.text_encoders[0],
+        )
+        return self._way(asked.optimizers[0], memory)
+
     def leanest(self) -> Way:
         """The way that takes least of the device: what a refusal speaks of."""
         asked, (offload, disk) = self.asked, self._places()[-1]

@@ -6,10 +6,9 @@ GB are 2^30 bytes here, as cards are sold. Decides nothing; torch-free.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from ltxforge.fit import HAIR, Budget, Search, Way
-from ltxforge.memory.costs import phases, step_seconds
+from ltxforge.memory.costs import phases
 from ltxforge.plan import MemoryPlan, PhasePlan, StreamPlan
 
 LARGEST_PARTS = 4
@@ -30,7 +29,7 @@ def words_on(search: Search, way: Way, assumed: str) -> tuple[str, ...]:
 
 
 def _words_on(search: Search, way: Way, assumed: str) -> Iterator[str]:
-    resident = _resident(search)
+    resident = search.resident()
     worst = _binding(search, resident)
     if (excess := search.budget.excess(worst)) > 0:
         yield (
@@ -41,8 +40,7 @@ def _words_on(search: Search, way: Way, assumed: str) -> Iterator[str]:
         yield f"everything resident fits: {worst.name}, the largest phase, leaves {gigabytes(-excess)}"
     if (way.memory, way.optimizer) != (resident.memory, resident.optimizer):
         yield f"chosen: {describe(way, search.costs.blocks)}"
-    whole = step_seconds(search.costs, resident.memory, resident.optimizer, search.rates)
-    share = way.seconds / whole
+    share = way.seconds / resident.seconds
     yield (
         "a step takes as long as with everything resident" if share <= 1 + HAIR
         else f"a step takes about {share:.2f}x of the time that it takes with everything resident"
@@ -121,17 +119,6 @@ def _changes(way: Way, other: Way, blocks: int) -> Iterator[str]:
         yield "activations on the host" if after.offload_activations else "activations on the device"
     if way.optimizer != other.optimizer:
         yield other.optimizer
-
-
-def _resident(search: Search) -> Way:
-    """Everything at its best and in its place, as far as the recipe leaves it open."""
-    asked = search.asked
-    memory = search.memory(asked.base_precisions[0], asked.disks[0], asked.offloads[0], 0, 0)
-    memory = replace(
-        memory, decode_tile=asked.tiles[0][0], decode_frames=asked.tiles[0][1],
-        text_encoder_precision=asked.text_encoders[0],
-    )  # fmt: skip
-    return Way(memory, asked.optimizers[0], 0.0)
 
 
 def _binding(search: Search, way: Way) -> PhasePlan:
