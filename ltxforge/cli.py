@@ -21,6 +21,9 @@ from ltxforge.recipe import parse
 from ltxforge.recipe.json_schema import recipe_schema
 from ltxforge.suites import read as suites
 
+# What PyTorch reads how to cut up a device's memory from, when it is imported: its name, and those of NVIDIA and AMD.
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -129,16 +132,31 @@ def bench(
 @app.command()
 def kernels(recipe: OptionalRecipe = None, set_: Set = None, plain: Plain = False) -> None:
     """List how each op is computed on this machine, and why."""
-    if recipe is None and set_:
-        raise typer.BadParameter("it overrides keys of a recipe, and none is given", param_hint="--set")
+    _require_recipe_with_set(recipe, set_)
     parsed = parse.load(recipe, set_ or ()) if recipe else None
     _engine("ltxforge.kernel_listing").show_kernels(parsed and parsed.recipe, _screen(plain))
+
+
+@app.command()
+def doctor(
+    recipe: OptionalRecipe = None, set_: Set = None, gpu: Gpu = None, ram: Ram = None, plain: Plain = False
+) -> None:
+    """Print the facts that plans follow from on this machine, and what each allows or rules out."""
+    _require_gpu_with_ram(gpu, ram)
+    _require_recipe_with_set(recipe, set_)
+    parsed = parse.load(recipe, set_ or ()) if recipe else None
+    _engine("ltxforge.doctor").show_doctor(parsed, _screen(plain), gpu, ram)
 
 
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for TOML editors."""
     typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+def _require_recipe_with_set(recipe: Path | None, set_: list[str] | None) -> None:
+    if recipe is None and set_:
+        raise typer.BadParameter("it overrides keys of a recipe, and none is given", param_hint="--set")
 
 
 def _require_gpu_with_ram(gpu: str | None, ram: str | None) -> None:
@@ -149,10 +167,19 @@ def _require_gpu_with_ram(gpu: str | None, ram: str | None) -> None:
 def _engine(module: str = "ltxforge.run") -> Any:
     """What carries a verb out, and brings torch and diffusers: 4 s that `check` does not have."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _settle_allocator()
     if sys.stderr.isatty():
         typer.echo("loading PyTorch", err=True)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import about kernels for other tasks
     return importlib.import_module(module)
+
+
+def _settle_allocator() -> None:
+    """PyTorch's memory on a GPU in segments that grow, so that batches of many sizes leave no holes; on Linux, where
+    that is there. What the user has set stands, by its new name or an old one.
+    """
+    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def _screen(plain: bool) -> Any:

@@ -14,6 +14,7 @@ import re
 import shutil
 import sysconfig
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +25,15 @@ from ltxforge import __version__
 from ltxforge.host_memory import free_host_bytes, host_bytes, locked_limit_bytes
 
 __all__ = [
-    "Hardware", "Moment", "allocated_bytes", "assumed", "detect", "free_disk_bytes", "free_host_bytes", "is_out_of_memory", "moment",
-    "peak_bytes", "reserved_peak_bytes", "reset_peak", "reset_resident_peak", "resident_peak_bytes",
-    "seconds_between", "synchronize", "torch_device", "torch_dtype",
+    "Hardware", "Moment", "allocated_bytes", "assumed", "detect", "free_disk_bytes", "free_host_bytes",
+    "is_out_of_memory", "moment", "peak_bytes", "reserved_peak_bytes", "reset_peak", "reset_resident_peak",
+    "resident_peak_bytes", "seconds_between", "synchronize", "torch_device", "torch_dtype",
 ]  # fmt: skip
 
 # NVIDIA's first compute capability with tensor cores for each format: Volta, Turing, Ampere, Ada.
 FP16_FROM, INT8_FROM, BF16_FROM, FP8_FROM = (7, 0), (7, 5), (8, 0), (8, 9)
+NEWER_CODES = ("sm_75", "compute_75")
+"""Of PyTorch's builds for CUDA 12.8 and later, from 2.11 on: Turing and what came after it."""
 FP8_GFX = frozenset({"gfx942", "gfx950"})
 
 # Who ships a module `triton`: the project, PyTorch for AMD's GPUs, and a port to Windows.
@@ -46,7 +49,7 @@ class Hardware:
     `memory_bytes` and `free_bytes` are the device's own memory, 0 where it has none; `host_bytes` and
     `host_free_bytes` the host's, a container's bound considered. `pins` says whether the host's memory can be pinned
     for the device's copies, `locked_limit_bytes` is what `ulimit -l` says, None for no limit. `is_assumed`: this
-    machine is described and not here.
+    machine is described and not here. `torch_lacks` is what the installed PyTorch cannot do with the card.
     """
 
     kind: str
@@ -66,6 +69,7 @@ class Hardware:
     free_bytes: int = 0
     host_bytes: int = 0
     host_free_bytes: int = 0
+    torch_lacks: str = ""
     pins: bool = False
     locked_limit_bytes: int | None = None
     is_assumed: bool = False
@@ -196,10 +200,12 @@ def detect() -> Hardware:
     """Look at the machine: the first GPU if there is one, else Apple's, else the CPU."""
     kind, name, capability, memory, has_bf16 = _device()
     triton = _triton()
+    lacks = _torch_lacks(kind, capability, torch.cuda.get_arch_list())
     return Hardware(
         kind=kind, name=name, capability=capability, memory_bytes=memory, has_bf16=has_bf16,
         threads=torch.get_num_threads(), versions=_versions(triton if kind in ("cuda", "rocm") else None),
-        missing=_missing(kind, capability), packages=_packages(), gfx=_gfx() if kind == "rocm" else "", triton=triton,
+        missing=(*_missing(kind, capability), *filter(None, [lacks])), torch_lacks=lacks,
+        packages=_packages(), gfx=_gfx() if kind == "rocm" else "", triton=triton,
         interpreted=_interpreted(), triton_lacks=_triton_lacks(), compile_lacks=_compile_lacks(),
         free_bytes=torch.cuda.mem_get_info(0)[0] if kind in ("cuda", "rocm") else 0, host_bytes=host_bytes(),
         host_free_bytes=free_host_bytes(), pins=kind in ("cuda", "rocm") and _pins(),
@@ -216,13 +222,37 @@ def assumed(name: str, arch: int | str, memory_bytes: int, host: int) -> Hardwar
         memory_bytes, host: the card's memory, and the host's beside it.
     """
     kind, capability = ("cuda", divmod(arch, 10)) if isinstance(arch, int) else ("rocm", (0, 0))
+    lacks = _torch_lacks(kind, capability, torch.cuda.get_arch_list() or NEWER_CODES)
     return Hardware(
         kind=kind, name=name, capability=capability, memory_bytes=memory_bytes,
         has_bf16=kind == "rocm" or capability >= BF16_FROM, threads=torch.get_num_threads(), versions=_versions(None),
-        missing=_missing(kind, capability), packages=_packages() | {"bitsandbytes", "triton"},
+        missing=(*_missing(kind, capability), *filter(None, [lacks])), torch_lacks=lacks,
+        packages=_packages() | {"bitsandbytes", "triton"},
         gfx="" if isinstance(arch, int) else arch, triton=_triton() or "assumed", free_bytes=memory_bytes,
         host_bytes=host, host_free_bytes=host, pins=True, is_assumed=True,
     )  # fmt: skip
+
+
+def _torch_lacks(kind: str, capability: tuple[int, int], codes: Sequence[str]) -> str:
+    """What the installed PyTorch cannot do with this card: its builds hold code for some architectures alone.
+
+    Args:
+        codes: "sm_86" runs on 8.6 and later of the same generation, "compute_90" is compiled anew for anything later.
+    """
+    if kind != "cuda" or not codes or any(_runs(code, capability) for code in codes):
+        return ""
+    chip = f"sm_{capability[0]}{capability[1]}"
+    remedy = "that for CUDA 12.6 has, with Volta and older" if capability < INT8_FROM else "install another"
+    return f"a PyTorch with code for {', '.join(codes)} has none for {chip}: {remedy}"
+
+
+def _runs(code: str, capability: tuple[int, int]) -> bool:
+    kind, _, number = code.partition("_")
+    digits = re.match(r"\d+", number)
+    if digits is None:
+        return False
+    of = divmod(int(digits[0]), 10)
+    return of <= capability and (kind == "compute" or of[0] == capability[0])
 
 
 def _pins() -> bool:
