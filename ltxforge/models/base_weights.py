@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ltxforge.events import BaseQuantised
+from ltxforge.events import BaseQuantised, Note
 from ltxforge.models.formats import stored_format
 from ltxforge.models.tensors import Checkpoint
 from ltxforge.quant import cache
@@ -86,4 +86,7 @@ def _told(module: Module, report: BaseReport, keep: Keep) -> Module:
     module.base_report = report
     if report.layers:
         keep.emit(BaseQuantised(report.to_json()))
+    else:  # a base that was made whole may still have been quantised before
+        for note in report.notes:
+            keep.emit(Note(note))
     return module

@@ -35,8 +35,7 @@ from ltxforge.quant.weights import (
 
 HOST = torch.device("cpu")
 NOT_QUANTISED = "bf16"
-# Whose numbers are in a file already are as good as the file made them.
-FROM_FILE = "its weights came in {}, so its noise against the original ones is not known"
+FROM_FILE = "weights came in {} from the file: how far they are from the original ones is not known"
 NOBODY_PARKS = "blocks are parked, and nobody takes their weights"
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -98,6 +97,7 @@ class _Placer:
             self._set(layer, leaf, whole(stored, self.keep.dtype, self._device(name), self.keep.kernels))
 
     def _put_weight(self, name: str, layer: nn.Linear, stored: Stored) -> None:
+        self._note_source(stored)
         rows, columns = shape_of(stored)
         reason, format = self._why_not(name, rows, columns), self.keep.base_precision
         if reason:
@@ -106,11 +106,9 @@ class _Placer:
         elif self.keep.device.type == "meta":
             self._replace(name, self._empty(layer))
         elif is_in(stored, format) and self._is_ours(stored):
-            self._note_source(stored)
             self._tell(name, format, "", None, (rows, columns), stored)
             self._settle(name, layer, stored)
         else:
-            self._note_source(stored)
             self._quantise(name, layer, stored)
 
     def _why_not(self, name: str, rows: int, columns: int) -> str:
@@ -147,7 +145,7 @@ class _Placer:
         place = block_and_rest(f"{name}.weight")
         if place and place[0] in self.keep.parked and not self._is_small(name, shape_of(stored)):
             assert self.keep.park is not None, NOBODY_PARKS
-            self._replace_parameter(layer, "weight", None)
+            layer.weight = None
             self.keep.park(*place, whole(stored, self.keep.dtype, HOST, self.keep.kernels))
         else:
             weight = whole(stored, self.keep.dtype, self._device(f"{name}.weight"), self.keep.kernels)
@@ -171,7 +169,7 @@ class _Placer:
             assert keep.park is not None, NOBODY_PARKS
             for part, tensor in made.park().items():
                 keep.park(block, f"{rest}.{part}", tensor)
-            made.to(keep.device)
+            made.to(self._device(f"{name}."))
         made.bias = layer.bias  # perhaps still without memory: it comes when it comes
         self._replace(name, made)
 
@@ -197,10 +195,6 @@ class _Placer:
     def _set(layer: nn.Module, leaf: str, tensor: Tensor) -> None:
         is_parameter = leaf in layer._parameters
         setattr(layer, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
-
-    @staticmethod
-    def _replace_parameter(layer: nn.Module, leaf: str, value: nn.Parameter | None) -> None:
-        layer._parameters[leaf] = value
 
     def _note_source(self, stored: Stored) -> None:
         if not isinstance(stored, Tensor):

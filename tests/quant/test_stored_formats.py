@@ -18,6 +18,7 @@ from ltxforge.models.detect import plan_model
 from ltxforge.models.tiny import tiny_vae
 from ltxforge.quant.linear import QuantisedLinear
 from ltxforge.specs import TINY
+from ltxforge.ui.lines import line
 
 BASES = ["tiny/ltx-video", "tiny/ltx2"]
 FP8 = torch.float8_e4m3fn
@@ -89,7 +90,8 @@ def test_nf4_becomes_what_is_asked_for(tmp_path, format):
     """Layer by layer: as if the file had held what its NF4 stands for."""
     base = "tiny/ltx-video"
     folder, layers = bitsandbytes_folder(tmp_path, base)
-    model = loaded(base, folder, base_precision=format)
+    told = []
+    model = loaded(base, folder, base_precision=format, emit=told.append)
     truth = transformer_of(base).bfloat16()
     for name, layer in layers.items():
         whole = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
@@ -102,8 +104,9 @@ def test_nf4_becomes_what_is_asked_for(tmp_path, format):
         truth.get_submodule(name).weight.data = whole.bfloat16()
     if format == "bf16":
         assert same(model.transformer, truth)
-    else:
-        assert model.base_report.source == "" and "nf4" in model.base_report.notes[0]
+    assert model.base_report.source == "" and "came in nf4" in model.base_report.notes[0]
+    (event,) = told
+    assert "came in nf4" in line(event)[1]
 
 
 def eighths(tensors: dict[str, Tensor], how: str, prefix: str = "") -> dict[str, Tensor]:
