@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltxforge_kernels.choice import OPS, Kernels
+from ltxforge_kernels.choice import OPS, QUANTISED_OPS, Kernels
 
 from ltxforge.errors import PlanError
 from ltxforge.estimates import estimate, sample_bytes
@@ -466,7 +466,7 @@ def _from_library(entry: PromptEntry) -> Prompt:
 # Where an open number's value comes from when the recipe does not say it.
 _OTHER_ORIGINS = {
     "training.precision": "device",
-    **{f"kernels.{op}": "device" for op in OPS},
+    **{f"kernels.{op}": "device" for op in (*OPS, *QUANTISED_OPS)},
     "memory.checkpointing": "device",
     "model.version": "weights",
     "model.rope": "weights",
@@ -498,7 +498,7 @@ def _origins(recipe: Recipe, facts: Facts) -> dict[str, str]:
                 else _OTHER_ORIGINS.get(name, "default")
             )  # fmt: skip
     if recipe.kernels.all:
-        unsaid = (op for op in OPS if getattr(recipe.kernels, op) is None)
+        unsaid = (op for op in (*OPS, *QUANTISED_OPS) if getattr(recipe.kernels, op) is None)
         origins |= {f"kernels.{op}": origins["kernels.all"] for op in unsaid}
     if facts.out_given:
         origins["run.directory"] = "--out"

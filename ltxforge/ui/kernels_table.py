@@ -16,8 +16,6 @@ from rich.text import Text
 from ltxforge.printable import printable
 from ltxforge.recipe.schema import Kernels as Section
 
-OF_QUANTISED_WEIGHTS = "Quantised base weights; no recipe can ask for them yet."
-
 
 @dataclass(frozen=True)
 class Calls:
@@ -103,8 +101,7 @@ def calls_table(calls: Sequence[Calls], shape: str) -> RenderableType:
 
 
 def _computes(op: str) -> str:
-    field = Section.model_fields.get(op)
-    return field.description or "" if field else OF_QUANTISED_WEIGHTS
+    return Section.model_fields[op].description or ""
 
 
 def _grid(rows: Iterable[tuple[str, ...]]) -> Table:
