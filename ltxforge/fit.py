@@ -37,8 +37,8 @@ from ltxforge.plan import MemoryPlan, PhasePlan, StreamPlan
 
 HAIR = 0.02
 """Differences of a step's estimated seconds that mean nothing."""
-WORTH_TELLING = 0.03
-"""How much faster the next choice must be to be told."""
+WORTH_TELLING = 0.1
+"""How much faster the next choice is to be, where anything is so much faster."""
 SYSTEM_BYTES = 2 * 2**30
 """What the operating system and a desktop keep of the host's memory."""
 PINNED_SHARE = 0.5
@@ -204,11 +204,14 @@ class Search:
 
     def next_faster(self, way: Way) -> tuple[Way, int, int] | None:
         """The faster way of no lower quality that needs least beside what there is, and how many bytes more it needs
-        on the device and on the host; None where all that would help is here.
+        on the device and on the host; None where nothing is faster by more than a hair.
 
         More of the device is looked for first, more of the host where the device is not what is missing.
         """
-        bound = way.seconds / (1 + WORTH_TELLING)
+        least = self.resident().seconds
+        if least * (1 + HAIR) >= way.seconds:
+            return None
+        bound = max(way.seconds / (1 + WORTH_TELLING), least)
         faster = list(self._ways_within(way, bound))
         with_host = [(need, other) for need, other in faster if need[1] <= 0]
         with_device = [(need, other) for need, other in faster if need[0] <= 0]

@@ -152,7 +152,7 @@ def _does_not_fit(
     )  # fmt: skip
     asked_for = search.leanest() if recipe.memory.fit else search.plain()
     found = remedies(axes, lambda sets: _seconds_with(sets, recipe, search, case), asked_for.seconds)
-    told = "\n  ".join(_told(remedy, asked_for.seconds) for remedy in found)
+    told = "\n  ".join(_told(remedy, 0 if recipe.memory.fit else asked_for.seconds) for remedy in found)
     return PlanError(
         f"this does not fit: {too_large(limits, worst)}",
         remedy=f"{'What would fit' if told else 'No change of memory, size or rank that is known here makes it fit'}"
@@ -161,8 +161,10 @@ def _does_not_fit(
 
 
 def _told(remedy: Remedy, seconds: float) -> str:
-    share = remedy.seconds / seconds
-    return f"{remedy.arguments}   (a step takes about {share:.2f}x of its time)"
+    """A remedy, and what it does to the seconds of a step as it was asked for, where one was."""
+    if not seconds:
+        return remedy.arguments
+    return f"{remedy.arguments}   (a step takes about {remedy.seconds / seconds:.2f}x of its time)"
 
 
 def _seconds_with(sets: Mapping[str, Any], recipe: Recipe, search: Search, case: Case) -> float | None:
