@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit
 from closeness import FLOAT32, relative_error
-from ltxforge_kernels.choice import everything
 from ltxforge_kernels.nf4.state_dict import from_state_dict
 from ltxforge_kernels.precision import sqnr
 from one_block import plan_for
@@ -246,10 +247,14 @@ def doubled_state() -> dict[str, Tensor]:
     return theirs.state_dict()
 
 
-def through(layer: QuantisedLinear, x: Tensor, a: Tensor, b: Tensor, implementation: str = "eager") -> list[Tensor]:
-    """A loss with and without a LoRA, and all its gradients."""
-    layer.kernels = everything(implementation)
-    y = F.silu(layer.with_lora(x, a, b, 0.5, None, 1.0)) * layer(x.detach())
+def twice(layer: QuantisedLinear, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The layer with a LoRA, and alone where nothing wants a gradient, as in the first block."""
+    return F.silu(layer.with_lora(x, a, b, 0.5, None, 1.0)) * layer(x.detach())
+
+
+def through(layer: QuantisedLinear, x: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
+    """What `twice` gives, and all its gradients."""
+    y = twice(layer, x, a, b)
     return [y, *torch.autograd.grad((y * upstream()).sum(), (x, a, b))]
 
 
@@ -257,11 +262,7 @@ def through(layer: QuantisedLinear, x: Tensor, a: Tensor, b: Tensor, implementat
 def test_computed_again_it_is_the_same_to_the_bit(format, double):
     layer, x, (a, b) = layer_of(format, double), tokens(), factors()
     truth = through(layer, x, a, b)
-
-    def call() -> Tensor:
-        return F.silu(layer.with_lora(x, a, b, 0.5, None, 1.0)) * layer(x.detach())
-
-    y = recomputed(call, CPU)
+    y = recomputed(partial(twice, layer, x, a, b), CPU)
     for one, other in zip((y, *torch.autograd.grad((y * upstream()).sum(), (x, a, b))), truth, strict=True):
         assert torch.equal(one, other)
 
@@ -271,15 +272,10 @@ def test_computed_again_it_is_the_same_to_the_bit(format, double):
 )
 @pytest.mark.parametrize(("format", "double"), KEPT)
 def test_one_graph_under_compile(format, double, backend):
-    """Also where nothing before it wants a gradient, as in the first block."""
     layer, x, (a, b) = layer_of(format, double), tokens(), factors()
     truth = through(layer, x, a, b)
     torch._dynamo.reset()
-
-    def forward(layer: QuantisedLinear, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return F.silu(layer.with_lora(x, a, b, 0.5, None, 1.0)) * layer(x.detach())
-
-    y = torch.compile(forward, fullgraph=True, backend=backend)(layer, x, a, b)
+    y = torch.compile(twice, fullgraph=True, backend=backend)(layer, x, a, b)
     for one, other in zip((y, *torch.autograd.grad((y * upstream()).sum(), (x, a, b))), truth, strict=True):
         if backend == "inductor":
             assert relative_error(one, other) <= 1e-5
