@@ -293,8 +293,8 @@ def _travels(stream: StreamPlan) -> int:
 def _worst_moment(costs: Costs, work: BlockWork, memory: MemoryPlan, optimizer: str) -> tuple[int, int, int]:
     """The moment of a step that takes most: its gradients, kept activations, and what is worked on.
 
-    Activations that wait on the host are still here from the block before in the forward, and here again for it in the
-    backward pass: one block is in transit.
+    Of activations that wait on the host one block's are in transit: still here from the block before in the forward,
+    here again for it in the backward pass.
     """
     again, count = frozenset(memory.checkpointed), costs.blocks
     whole = work.gradients_outside + count * work.gradients

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 GRAIN = {"cpu": 1}
 """What an allocation is rounded up to; CUDA's caching allocator counts multiples of 512."""
@@ -73,11 +72,11 @@ class Ledger(TorchDispatchMode):
         return found
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_meta]
+        given = _of_shapes((args, tuple(kwargs.values()) if kwargs else ()))
         for tensor in given:
             self._meet(tensor)
         result = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_meta]
+        made = _of_shapes((result,))
         is_fresh = sum(self._count(tensor) for tensor in made) > 0  # each is counted
         name = func.name().split(".")[0]
         workspace = WORKSPACES.get(name)
@@ -110,6 +109,18 @@ class Ledger(TorchDispatchMode):
 
     def _let_go(self, key: int) -> None:
         self.live -= self._held.pop(key)
+
+
+def _of_shapes(values: Iterable[Any]) -> list[Tensor]:
+    """The meta tensors among an op's arguments or results, lists opened."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_meta:
+                found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _of_shapes(value)
+    return found
 
 
 class DeviceAttention(TorchFunctionMode):
