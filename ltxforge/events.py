@@ -47,7 +47,7 @@ class ClipJudged(Event):
 
 @dataclass(frozen=True)
 class PhaseStarted(Event):
-    """A phase with a known amount of work: "scan", "prompts", "latents", "train", "validate"."""
+    """A phase with a known amount of work: "scan", "prompts", "latents", "quantise", "train", "validate"."""
 
     phase: str
     total: int

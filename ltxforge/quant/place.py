@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from ltxforge_kernels.nf4.weight import Nf4Weight
 from ltxforge_kernels.precision import sqnr
 from torch import Tensor, nn
 
+from ltxforge.events import PhaseAdvanced, PhaseEnded, PhaseStarted
 from ltxforge.quant.formats import FORMATS, stored_bytes, why_not
 from ltxforge.quant.keep import Keep
 from ltxforge.quant.linear import QuantisedLinear
@@ -34,6 +36,7 @@ from ltxforge.quant.weights import (
 )
 
 HOST = torch.device("cpu")
+PHASE = "quantise"
 NOT_QUANTISED = "bf16"
 FROM_FILE = "weights came in {} from the file: how far they are from the original ones is not known"
 NOBODY_PARKS = "blocks are parked, and nobody takes their weights"
@@ -70,6 +73,33 @@ def place(
 
 
 @dataclass
+class _Progress:
+    """Tells how far quantising is, block by block; nothing of a load that quantises nothing."""
+
+    keep: Keep
+    total: int
+    done: int = 0
+    block: int = -1
+    began: float = 0.0
+
+    def advance(self, block: int) -> None:
+        """One more layer, of this block."""
+        if not self.done:
+            self.began = time.monotonic()
+            detail = f"to {self.keep.base_precision} on {self.keep.quantise_on}"
+            self.keep.emit(PhaseStarted(PHASE, self.total, detail))
+        self.done += 1
+        if block != self.block:
+            self.block = block
+            self.keep.emit(PhaseAdvanced(PHASE, self.done))
+
+    def end(self) -> None:
+        """No layer follows."""
+        if self.done:
+            self.keep.emit(PhaseEnded(PHASE, time.monotonic() - self.began))
+
+
+@dataclass
 class _Placer:
     """The module that is being filled, and what became of its layers."""
 
@@ -79,6 +109,7 @@ class _Placer:
     heard: OnQuantised | None
     layers: dict[str, LayerReport] = field(default_factory=dict)
     came_in: set[str] = field(default_factory=set)
+    progress: _Progress = field(init=False)
 
     def __post_init__(self) -> None:
         waiting = {id(each) for each in self.keep.waiting(self.module)}
@@ -86,6 +117,11 @@ class _Placer:
         self._waiting = tuple(f"{name}." for name in names)
         self._order = {name: place for place, (name, _) in enumerate(self.module.named_modules())}
         self._before = {layer.name: layer for layer in self.known.layers} if self.known else {}
+        self.progress = _Progress(self.keep, sum(map(self._is_to_quantise, self.module.named_modules())))
+
+    def _is_to_quantise(self, named: tuple[str, nn.Module]) -> bool:
+        name, layer = named
+        return isinstance(layer, nn.Linear) and not self._why_not(name, layer.out_features, layer.in_features)
 
     def put(self, name: str, stored: Stored) -> None:
         """One tensor where it stays."""
@@ -139,6 +175,7 @@ class _Placer:
             del made
             self._tell(name, "", f"below {format.floor:g} dB", left, weight.shape)
             self._put_whole(name, layer, weight)
+        self.progress.advance((block_and_rest(name) or (-1, ""))[0])
 
     def _put_whole(self, name: str, layer: nn.Linear, stored: Stored) -> None:
         """A weight in the run's precision, parked if its block is and it is one of the large ones."""
@@ -224,6 +261,7 @@ class _Placer:
 
     def report(self) -> BaseReport:
         """What became of the layers, in the module's order."""
+        self.progress.end()
         keep = self.keep
         layers = tuple(sorted(self.layers.values(), key=lambda layer: self._order[layer.name]))
         came = not self.known and layers and any(layer.format and layer.sqnr is None for layer in layers)

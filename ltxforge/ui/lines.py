@@ -31,7 +31,7 @@ from ltxforge.ui.text import counted, duration, loss, size, time_left
 
 LABEL_WIDTH = 11
 UNITS = {
-    "scan": "clip", "prompts": "text", "latents": "sample", "audio": "sample", "train": "step",
+    "scan": "clip", "prompts": "text", "latents": "sample", "audio": "sample", "quantise": "layer", "train": "step",
     "validate": "denoising step",
 }  # fmt: skip
 

@@ -60,7 +60,9 @@ def test_double_quantisation_is_a_choice(tmp_path):
     layer = plain.transformer.transformer_blocks[0].attn1.to_q
     weight = transformer_of("tiny/ltx-video").bfloat16().transformer_blocks[0].attn1.to_q.weight
     truth = quantise_nf4(weight.detach(), implementation="eager")
-    assert not layer.double_quant and torch.equal(layer.absmax, truth.absmax) and torch.equal(layer.packed, truth.packed)
+    assert (
+        not layer.double_quant and torch.equal(layer.absmax, truth.absmax) and torch.equal(layer.packed, truth.packed)
+    )
 
 
 @pytest.mark.parametrize("base", BASES)

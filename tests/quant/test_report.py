@@ -78,3 +78,15 @@ def test_the_report_survives_json():
     again = BaseReport.from_json(json.loads(text)["report"])
     assert again.to_json() == REPORT.to_json()
     assert again == REPORT and again.layers[3].sqnr is None and again.layers[5].sqnr == math.inf
+
+
+def test_how_far_quantising_is_is_told_block_by_block():
+    told = []
+    loaded("tiny/ltx-video", None, base_precision="int8", emit=told.append)
+    phase = [line(event) for event in told if not isinstance(event, BaseQuantised)]
+    assert phase[0] == ("quantise", "40 layers; to int8 on cpu")
+    assert [text for _, text in phase[1:-1]] == ["1 done", "11 done", "21 done", "31 done"]
+    assert phase[-1][1].startswith("done in")
+    told.clear()
+    loaded("tiny/ltx-video", None, emit=told.append)
+    assert not told
