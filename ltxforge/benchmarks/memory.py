@@ -16,14 +16,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from ltxforge.benchmarks.bench import Bench, Told
-from ltxforge.benchmarks.step import why_skipped
-from ltxforge.benchmarks.synthetic import plan_of
+from ltxforge.benchmarks.step import META, why_skipped
+from ltxforge.benchmarks.synthetic import bucket_of, plan_of
 from ltxforge.errors import Stopped
-from ltxforge.hardware import Hardware
+from ltxforge.hardware import Hardware, torch_dtype
 from ltxforge.lora.targets import match
+from ltxforge.memory.costs import Costs, precision_key, step_phase
+from ltxforge.memory.trace import block_work
+from ltxforge.models.random_weights import random_model
 from ltxforge.signals import StopRequest
-from ltxforge.suites.memory import OURS, MemoryCase, MemoryResult
+from ltxforge.suites.case import Outcome
+from ltxforge.suites.memory import OURS, RESIDENT, MemoryCase, MemoryResult
 
+ESTIMATE_BOUND = 0.05
+"""How far, relatively, the planner may be from what tensors take."""
 PROCESS = "ltxforge.benchmarks.memory_process"
 HOW = {
     "cap_bytes": "torch.cuda.set_per_process_memory_fraction of a fresh process for each contender: the card's size"
@@ -31,6 +37,7 @@ HOW = {
     "peak_bytes": "allocated and reserved by PyTorch on the device over building and all steps; resident: of the whole"
     " process on the host",
     "medians": "seconds of a step after warm-up",
+    "estimated_bytes": "what the planner says that a step of ours takes on the device, of tensors alone",
     "ratios": "the peer's median / our median, where both fit",
 }
 
@@ -59,11 +66,24 @@ def measure(case: MemoryCase, hardware: Hardware, told: Told, stop: StopRequest)
         return MemoryResult(case.name, "skipped", case.settings(), reason)
     answers: dict[str, dict[str, Any]] = {}
     for name in (OURS, *case.peers):
-        told(f"{case.name}: {name}{'' if cap is None else f', at most {cap / 2**30:.1f} GiB'}")
-        answers[name] = asked(case, name, cap, hardware)
+        bound = None if name == RESIDENT else cap
+        told(f"{case.name}: {name}{'' if bound is None else f', at most {bound / 2**30:.1f} GiB'}")
+        answers[name] = asked(case, name, bound, hardware)
         if stop.requested:
             raise Stopped(stop.signal_number, f"stopped in the middle of {case.name}, which is not recorded")
-    return judged(case, cap, answers)
+    return judged(case, cap, answers, estimate(case, hardware))
+
+
+def estimate(case: MemoryCase, hardware: Hardware) -> int:
+    """What the planner says that a step of ours takes on the device, in bytes of tensors."""
+    plan, spec = plan_of(case, hardware), case.spec
+    bucket = bucket_of(case, random_model(spec, META, torch_dtype(case.precision), case.trained))
+    work = block_work(plan, spec, bucket, plan.memory.base_precision, plan.memory.double_quant)
+    adapter = match(case.targets, spec, case.trained, case.trained).tensor_sizes(case.rank)
+    costs = Costs(
+        hardware.kind, case.precision, spec.blocks, {precision_key(plan.memory): work}, adapter, case.accumulate
+    )
+    return step_phase(costs, plan.memory, case.optimizer).device_bytes
 
 
 def asked(case: MemoryCase, name: str, cap: int | None, hardware: Hardware) -> dict[str, Any]:
@@ -81,8 +101,21 @@ def asked(case: MemoryCase, name: str, cap: int | None, hardware: Hardware) -> d
         return {"outcome": "failed", "reason": f"its process ended with {done.returncode}: {last}", "peak_bytes": {}}
 
 
-def judged(case: MemoryCase, cap: int | None, answers: dict[str, dict[str, Any]]) -> MemoryResult:
-    """What the answers mean: ours must fit, and what PyTorch reserved must lie under the cap."""
+def broken_promise(case: MemoryCase, taken: int, estimated: int | None) -> tuple[Outcome, str]:
+    """("measured", "") where the tensors' peak is what was promised and estimated."""
+    if case.most_gb is not None and taken > case.most_gb * 1e9:
+        return "over the cap", f"tensors took {taken / 1e9:.2f} GB, and {case.most_gb:g} are promised"
+    if estimated is not None and abs(estimated / taken - 1) > ESTIMATE_BOUND:
+        return "gate failed", f"tensors took {taken / 1e9:.2f} GB, and the planner says {estimated / 1e9:.2f}"
+    return "measured", ""
+
+
+def judged(
+    case: MemoryCase, cap: int | None, answers: dict[str, dict[str, Any]], estimated: int | None = None
+) -> MemoryResult:
+    """What the answers mean: ours must fit, what PyTorch reserved must lie under the cap, and what tensors took must be
+    within what the case promises and near what the planner said. Only a GPU tells what tensors took.
+    """
     ours = answers[OURS]
     outcome, reason = ours["outcome"], ours["reason"]
     reserved = ours["peak_bytes"].get("reserved", 0)
@@ -90,6 +123,8 @@ def judged(case: MemoryCase, cap: int | None, answers: dict[str, dict[str, Any]]
         outcome, reason = "over the cap", f"does not fit into {cap / 1e9:.2f} GB: {reason}"
     elif cap is not None and reserved > cap:
         outcome, reason = "over the cap", f"PyTorch reserved {reserved / 1e9:.2f} GB of {cap / 1e9:.2f}"
+    elif outcome == "measured" and cap is not None:
+        outcome, reason = broken_promise(case, ours["peak_bytes"]["allocated"], estimated)
     medians = {name: each["median"] for name, each in answers.items() if each["outcome"] == "measured"}
     return MemoryResult(
         name=case.name,
@@ -98,6 +133,7 @@ def judged(case: MemoryCase, cap: int | None, answers: dict[str, dict[str, Any]]
         reason=reason,
         ratios={name: each / medians[OURS] for name, each in medians.items() if OURS in medians and name != OURS},
         cap_bytes=cap,
+        estimated_bytes=estimated,
         peak_bytes={name: each["peak_bytes"] for name, each in answers.items()},
         medians=medians,
         unavailable={

@@ -6,15 +6,15 @@ one line, the last on standard output. Too little memory is an answer, not an er
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ltxforge.benchmarks.step import META, Contender, Ours, Peer, peaks
+from ltxforge.benchmarks.step import META, Contender, Ours, Peer, nf4_step, peaks
 from ltxforge.benchmarks.step_peers import StockStep
 from ltxforge.benchmarks.synthetic import plan_of, synthetic_batch
 from ltxforge.errors import NonFiniteError
@@ -29,8 +29,10 @@ from ltxforge.hardware import (
 )
 from ltxforge.lora.targets import match
 from ltxforge.models.random_weights import empty_transformer, random_model, randomly_filled
+from ltxforge.plan import MemoryPlan
 from ltxforge.signals import StopRequest
-from ltxforge.suites.memory import OURS, MemoryCase
+from ltxforge.suites.memory import OURS, RESIDENT, MemoryCase
+from ltxforge.suites.step import NF4_PEER
 
 
 def answer(case: MemoryCase, name: str, cap_bytes: int | None, hardware: Hardware) -> dict[str, Any]:
@@ -59,10 +61,19 @@ def contender(name: str, case: MemoryCase, hardware: Hardware) -> Contender:
     device, dtype, plan = torch_device(hardware.kind), torch_dtype(case.precision), plan_of(case, hardware)
     if name == OURS:
         return Ours(case, plan, device, StopRequest())
+    if name == RESIDENT:
+        return Ours(case, replace(plan, memory=resident(plan.memory)), device, StopRequest())
+    batch = synthetic_batch(case, random_model(case.spec, META, dtype, case.trained))
+    if name == NF4_PEER:
+        return Peer(name, nf4_step(case, plan, device), batch)
     layers = match(case.targets, case.spec, case.trained, case.trained).layers
     transformer = randomly_filled(empty_transformer(case.spec), device, dtype).requires_grad_(False)
-    batch = synthetic_batch(case, random_model(case.spec, META, dtype, case.trained))
     return Peer(name, StockStep(transformer, case.spec, layers, plan, device), batch)
+
+
+def resident(memory: MemoryPlan) -> MemoryPlan:
+    """The same with all weights and activations on the device."""
+    return replace(memory, stream=None, offload_activations=False)
 
 
 def main() -> None:
@@ -70,7 +81,7 @@ def main() -> None:
     request = json.loads(sys.stdin.readline())
     hardware = detect()
     if request["kind"] == "cpu":
-        hardware = dataclasses.replace(hardware, kind="cpu", memory_bytes=0)
+        hardware = replace(hardware, kind="cpu", memory_bytes=0)
     case = MemoryCase.model_validate(request["case"])
     told = answer(case, request["contender"], request["cap_bytes"], hardware)
     sys.stdout.write(json.dumps(told) + "\n")

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 
 import torch
 from ltxforge_kernels.choice import EAGER
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ltxforge.benchmarks import quality, timing
 from ltxforge.benchmarks.bench import Bench, Told
-from ltxforge.benchmarks.step_peers import StockStep, on_device
+from ltxforge.benchmarks.step_peers import StockStep, bitsandbytes_nf4, on_device
 from ltxforge.benchmarks.step_watch import StepWatch, train_watched
 from ltxforge.benchmarks.synthetic import model_tokens, plan_of, synthetic_batch, tokens_of, tokens_told
 from ltxforge.dataset.batches import Batch
@@ -40,12 +41,12 @@ from ltxforge.hardware import (
 from ltxforge.lora.targets import match
 from ltxforge.models.interface import Noisy, NoisyTokens
 from ltxforge.models.parts import release_memory
-from ltxforge.models.random_weights import random_model
+from ltxforge.models.random_weights import empty_transformer, random_model
 from ltxforge.plan import MemoryPlan, Plan
 from ltxforge.session import make_trainable
 from ltxforge.signals import StopRequest
 from ltxforge.suites.case import Gate
-from ltxforge.suites.step import COMPILED_PEER, PeerStep, StepCase, StepResult, TrainingCase
+from ltxforge.suites.step import COMPILED_PEER, NF4_PEER, PeerStep, StepCase, StepResult, TrainingCase
 
 META = torch.device("meta")
 ROUNDS = 4
@@ -192,15 +193,14 @@ def _measured(
     rounds = Rounds(case, ours, told)
     rounds.run()
     _leave_if_stopped(case, stop)
-    base = [p for name, p in ours.model.transformer.named_parameters() if "lora_" not in name]
     return StepResult(
         name=case.name,
         outcome="measured",
         case=case.settings(),
         ratios=rounds.ratios(),
-        parameters=sum(p.numel() for p in base),
+        parameters=sum(p.numel() for p in empty_transformer(case.spec).parameters()),
         trained_parameters=sum(p.numel() for p in ours.optimizer.parameters.values()),
-        weights_bytes=sum(p.nbytes for p in base),
+        weights_bytes=sum(each.nbytes for each in resident_weights(ours.model.transformer)),
         tokens=tokens_of(ours.batch),
         build_seconds=build_seconds,
         build_peak_bytes=build_peak,
@@ -215,6 +215,13 @@ def _measured(
         unavailable=rounds.unavailable,
         kernels={choice.op: choice.implementation for choice in plan.kernels.choices},
     )
+
+
+def nf4_step(case: TrainingCase, plan: Plan, device: torch.device) -> StockStep:
+    """The stock step over bitsandbytes' NF4, with random weights of its own."""
+    transformer = bitsandbytes_nf4(empty_transformer(case.spec), device, torch_dtype(case.precision))
+    layers = match(case.targets, case.spec, case.trained, case.trained).layers
+    return StockStep(transformer.requires_grad_(False), case.spec, layers, plan, device)
 
 
 OURS = "ltxforge"
@@ -262,7 +269,11 @@ class Rounds:
         reset_peak(device)
         try:
             ours = self.ours
-            stock = quality.stock_of(ours.plan, ours.model, self.case.spec, ours.model.dtype)
+            stock = (
+                nf4_step(self.case, ours.plan, device)
+                if name == NF4_PEER
+                else quality.stock_of(ours.plan, ours.model, self.case.spec, ours.model.dtype)
+            )
             self.contenders[name] = Peer(name, stock, ours.batch)
             self._turn(name, self.case.warmup_steps, self.shares[0])
         except (RuntimeError, MemoryError) as error:
@@ -275,8 +286,9 @@ class Rounds:
         release_memory(device)
 
     def _weights_on(self, device: torch.device) -> int:
-        parameters = self.ours.model.transformer.named_parameters()
-        return sum(p.nbytes for name, p in parameters if "lora_" not in name and p.device.type == device.type)
+        return sum(
+            each.nbytes for each in resident_weights(self.ours.model.transformer) if each.device.type == device.type
+        )
 
     def _turn(self, name: str, untimed: int, timed: int) -> None:
         contender = self.contenders[name]
@@ -299,6 +311,12 @@ class Rounds:
     def peer(self, name: str) -> PeerStep:
         """What a peer's steps took."""
         return PeerStep(tuple(self.seconds[name]), self.peaks[name], self.launches(name))
+
+
+def resident_weights(transformer: nn.Module) -> list[Tensor]:
+    """Frozen weights that are in their modules, quantised ones as they are stored; not what is streamed."""
+    parameters = [p for name, p in transformer.named_parameters() if "lora_" not in name]
+    return [*parameters, *transformer.buffers()]
 
 
 def allocated(device: torch.device) -> int:
@@ -329,7 +347,8 @@ def count_flops(case: StepCase, plan: Plan) -> int:
     elementwise, noising, loss and optimiser. Counted on the meta device, where nothing is computed.
     """
     model = random_model(case.spec, META, torch_dtype(case.precision), case.trained)
-    make_trainable(dataclasses.replace(plan, memory=MemoryPlan(), kernels=EAGER), model, ignore)
+    training = dataclasses.replace(plan.training, compile=False)
+    make_trainable(dataclasses.replace(plan, memory=MemoryPlan(), kernels=EAGER, training=training), model, ignore)
     batch = synthetic_batch(case, model)
     timesteps = torch.zeros(case.batch_size, 1, device=META)
     noisy = model_tokens(batch).map(lambda each: NoisyTokens(each.to(META, model.dtype), timesteps, timesteps[:, 0]))

@@ -8,6 +8,7 @@ forward, LoRA or loss.
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from ltxforge.dataset.batches import Batch
 from ltxforge.flow_matching import noise_for, sigma_at
 from ltxforge.hardware import synchronize
 from ltxforge.modalities import MODALITIES, Streams
-from ltxforge.models.random_weights import empty_transformer
+from ltxforge.model_spec import BLOCKS
+from ltxforge.models.random_weights import drawn, empty_transformer
 from ltxforge.plan import OptimizerPlan, Plan
 from ltxforge.specs import ModelSpec
 
@@ -291,6 +293,32 @@ class StockStep:
     def compile_blocks(self, **options: Any) -> None:
         """Compile each block in place, as diffusers offers it; options are `torch.compile`'s."""
         self.transformer.compile_repeated_blocks(**options)
+
+
+@torch.no_grad()
+def bitsandbytes_nf4(transformer: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A transformer of the meta device with random values, the linear layers of its blocks as bitsandbytes'
+    `Linear4bit` with double quantisation: one after the other, so that no more is held than in the end.
+    """
+    for name, value in drawn(transformer, device, dtype):
+        path, _, leaf = name.rpartition(".")
+        layer = transformer.get_submodule(path)
+        if leaf == "weight" and isinstance(layer, nn.Linear) and name.startswith(BLOCKS):
+            parent, _, own = path.rpartition(".")
+            setattr(transformer.get_submodule(parent), own, _linear_4bit(layer, value))
+        else:
+            setattr(layer, leaf, nn.Parameter(value, requires_grad=False))
+    return transformer
+
+
+def _linear_4bit(layer: nn.Linear, weight: Tensor) -> nn.Module:
+    """With the layer's bias, which comes later."""
+    nn4 = importlib.import_module("bitsandbytes.nn")
+    made = nn4.Linear4bit(layer.in_features, layer.out_features, False, weight.dtype, quant_type="nf4", device="meta")
+    packed = nn4.Params4bit(weight, requires_grad=False, quant_type="nf4", module=made)
+    made.weight = packed.to(weight.device)  # which is where it is quantised
+    made.bias = layer.bias
+    return made
 
 
 def adamw(plan: OptimizerPlan, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:

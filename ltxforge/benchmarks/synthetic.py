@@ -6,17 +6,22 @@ Sound shares the picture's sigma, as in the official trainer, so that diffusers'
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from ltxforge_kernels.choice import OPS, QUANTISED_OPS
 
 from ltxforge.dataset.batches import Batch
 from ltxforge.hardware import Hardware, torch_dtype
 from ltxforge.kernel_choices import choose_kernels, used_ops
+from ltxforge.memory_wishes import wishes_of
 from ltxforge.modalities import Streams, has
 from ltxforge.models.interface import VideoModel, to_tokens
 from ltxforge.models.random_weights import random_prompt
+from ltxforge.moments import MOMENTS
 from ltxforge.plan import (
     AudioPlan,
+    BucketPlan,
     CachePlan,
     CheckpointPlan,
     ConditioningPlan,
@@ -30,15 +35,16 @@ from ltxforge.plan import (
     Plan,
     TrainingPlan,
     ValidationPlan,
-    every_nth,
 )
 from ltxforge.randomness import address
-from ltxforge.suites.step import StepCase
+from ltxforge.recipe.schema import Dataset, Model, Recipe, Training
+from ltxforge.recipe.schema import Optimizer as RecipeOptimizer
+from ltxforge.suites.step import TrainingCase
 
 SEED = 0
 
 
-def plan_of(case: StepCase, hardware: Hardware) -> Plan:
+def plan_of(case: TrainingCase, hardware: Hardware) -> Plan:
     """What the planner would decide for such a run, as far as a step depends on it.
 
     Raises:
@@ -59,9 +65,11 @@ def plan_of(case: StepCase, hardware: Hardware) -> Plan:
         flow=FlowPlan("stretched-logit-normal", None, True, 0.1),
         conditioning=ConditioningPlan(0.0, 0.0, spec.default_prompt_tokens),
         lora=LoraPlan(case.rank, float(case.rank), 0.0, False, tuple(case.targets), modalities=case.trained),
-        optimizer=OptimizerPlan("adamw", 1e-4, (0.9, 0.999), 1e-8, 0.0, "constant", 0, steps, 0.0, 2.0),
-        training=TrainingPlan(case.batch_size, case.accumulate, 1.0, None, case.trained),
-        memory=MemoryPlan(every_nth(case.checkpointing, case.spec.blocks)),
+        optimizer=OptimizerPlan(
+            case.optimizer, 1e-4, MOMENTS[case.optimizer].betas, 1e-8, 0.0, "constant", 0, steps, 0.0, 2.0
+        ),
+        training=TrainingPlan(case.batch_size, case.accumulate, 1.0, None, case.trained, case.compile),
+        memory=memory_of(case, hardware),
         checkpoint=CheckpointPlan(steps, 2),
         validation=ValidationPlan(0, False),
         directory="",
@@ -78,7 +86,26 @@ def plan_of(case: StepCase, hardware: Hardware) -> Plan:
     )
 
 
-def synthetic_batch(case: StepCase, model: VideoModel) -> Batch:
+def memory_of(case: TrainingCase, hardware: Hardware) -> MemoryPlan:
+    """What the planner makes of such a [memory] on this machine."""
+    recipe = Recipe(
+        model=Model(base=case.model), dataset=[Dataset(path=case.name)], memory=case.memory,
+        optimizer=RecipeOptimizer(name=case.optimizer), training=Training(compile=case.compile),
+    )  # fmt: skip
+    return replace(wishes_of(recipe, hardware, case.spec, None, "").memory, dry_run=False)
+
+
+def bucket_of(case: TrainingCase, model: VideoModel) -> BucketPlan:
+    """The bucket that the case's clips would be in."""
+    tokens = case.shape.latent(case.spec.spatial_factor, case.spec.temporal_factor).tokens
+    length = model.sound_length(case.shape.frames / case.rate) if has(case.trained, "audio") else 0
+    return BucketPlan(
+        case.shape, case.rate, tokens if has(case.trained, "video") else 0, case.batch_size, length,
+        with_sound=case.batch_size if length else 0,
+    )  # fmt: skip
+
+
+def synthetic_batch(case: TrainingCase, model: VideoModel) -> Batch:
     """A micro-batch as the cache would give it: standard normal latents, whole captions, every clip with sound.
 
     L, the sound's latents, is what the model says belongs to the clip's duration.

@@ -78,11 +78,11 @@ def _transformer(spec: ModelSpec) -> Callable[[Keep], Any]:
 def _placed(module: nn.Module, keep: Keep) -> nn.Module:
     """A transformer of the meta device with random values, as it is kept; shapes alone on the meta device."""
     assert not list(module.buffers()), "buffers have values of their own, which nobody would fill in"
-    return placed(module, _drawn(module, keep.device, keep.dtype), keep)
+    return placed(module, drawn(module, keep.device, keep.dtype), keep)
 
 
 @torch.no_grad()
-def _drawn(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def drawn(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """A module's parameters, drawn on a device one after the other."""
     generator = None if device.type == "meta" else _generator(device)
     for name, parameter in list(module.named_parameters()):

@@ -55,7 +55,7 @@ class TrainingCase(Case):
     steps: Count = 20
     warmup_steps: Annotated[int, Field(ge=1, le=1000)] = Field(3, description="Not timed: the first steps set up.")
 
-    known_peers: ClassVar[tuple[str, ...]] = PEERS
+    known_peers: ClassVar[tuple[str, ...]] = (*PEERS, NF4_PEER)
     examples: ClassVar[dict[str, str]] = EXAMPLES
 
     @property

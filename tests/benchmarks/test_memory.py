@@ -11,12 +11,14 @@ import torch
 
 from ltxforge.benchmarks import memory, memory_process
 from ltxforge.benchmarks.memory import asked, judged, measure
+from ltxforge.benchmarks.step_peers import bitsandbytes_nf4
 from ltxforge.errors import PlanError
 from ltxforge.hardware import detect
+from ltxforge.models.random_weights import empty_transformer
 from ltxforge.signals import StopRequest
 from ltxforge.suites import read
-from ltxforge.suites.memory import OURS, MemoryCase
-from ltxforge.suites.step import COMPILED_PEER, EAGER_PEER
+from ltxforge.suites.memory import OURS, RESIDENT, MemoryCase
+from ltxforge.suites.step import COMPILED_PEER, EAGER_PEER, NF4_PEER
 from ltxforge.ui.results_table import memory_row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +117,43 @@ def test_a_cpu_caps_nothing_and_says_so():
 
 def test_the_suite_s_caps_are_cards():
     cases = read.load(ROOT / "bench" / "memory.toml").case
-    assert {case.cap_gb for case in cases} >= {8, 16, 24}
-    assert all(EAGER_PEER in case.peers and COMPILED_PEER not in case.peers for case in cases)
+    assert {case.cap_gb for case in cases} >= {8, 12, 16, 24}
+    assert all(case.peers and COMPILED_PEER not in case.peers for case in cases)
+    assert all(RESIDENT in case.peers for case in cases if case.block_swap > 0 and case.floors)
+    assert len([case for case in cases if not case.spec.tiny]) >= 12, "estimates are held against so many at least"
     assert any(case.spec.tiny for case in cases), "something must run without a GPU"
+
+
+def test_what_is_promised_and_what_was_planned_are_held_on_a_gpu():
+    case = make_case(most_gb=0.4)
+    answers = {OURS: answer(reserved=CAP // 2)}
+    taken = answers[OURS]["peak_bytes"]["allocated"]
+    assert judged(make_case(), CAP, answers, round(taken * 1.04)).outcome == "measured"
+    over = judged(case, CAP, answers, taken)
+    assert over.outcome == "over the cap" and over.reason == "tensors took 0.50 GB, and 0.4 are promised"
+    off = judged(make_case(), CAP, answers, round(taken * 1.06))
+    assert off.outcome == "gate failed" and off.reason == "tensors took 0.50 GB, and the planner says 0.53"
+    assert judged(case, None, answers, taken).outcome == "measured", "a CPU does not tell what tensors take"
+
+
+@pytest.mark.parametrize("changes", [
+    {"base_precision": "nf4"}, {"base_precision": "int8-w8a8", "optimizer": "adamw8bit"}, {"block_swap": 2},
+    {"group_offload": "leaf_level", "base_precision": "nf4"}, {"offload_activations": True},
+])  # fmt: skip
+@pytest.mark.parametrize("base", ["tiny/ltx-video", "tiny/ltx2"])
+def test_cases_say_what_a_recipe_s_memory_says(base, changes):
+    case = make_case(base, warmup_steps=1, **changes)
+    for name in (OURS, RESIDENT):
+        found = memory_process.answer(case, name, None, CPU_HARDWARE)
+        assert found["outcome"] == "measured", found
+    assert memory.estimate(case, GPU_HARDWARE) > 0
+
+
+def test_the_nf4_peer_is_bitsandbytes_own():
+    found = memory_process.answer(make_case(warmup_steps=1), NF4_PEER, None, CPU_HARDWARE)
+    assert found["outcome"] == "measured"
+    spec = make_case().spec
+    made = bitsandbytes_nf4(empty_transformer(spec), torch.device("cpu"), torch.float32)
+    layers = [module for module in made.transformer_blocks.modules() if isinstance(module, torch.nn.Linear)]
+    assert layers and all(type(layer).__name__ == "Linear4bit" and layer.weight.bnb_quantized for layer in layers)
+    assert not any(each.device.type == "meta" for each in made.parameters())
