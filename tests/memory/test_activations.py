@@ -160,6 +160,55 @@ def test_on_the_device_are_two_inputs_at_a_time_and_the_last():
     assert max(most[:BLOCKS]) <= 2 and max(most[BLOCKS:]) <= 2 and len(most) == 2 * BLOCKS
 
 
+class Guarded(Plain):
+    """Notes tensors of the device whose memory goes while a copy from or to it has not been waited for."""
+
+    overlaps = True
+
+    def __init__(self) -> None:
+        self.waited: set[int] = set()
+        self.copies, self.faults = 0, []
+
+    def copy(self, begun: Tensor, source: Tensor) -> int:
+        super().copy(begun, source)
+        self.copies += 1
+        for tensor in (begun, source):
+            weakref.finalize(tensor.untyped_storage(), self._goes, self.copies, tensor.nbytes)
+        return self.copies
+
+    def wait(self, copied: int) -> None:
+        self.waited.add(copied)
+
+    def _goes(self, copied: int, nbytes: int) -> None:
+        if copied not in self.waited:
+            self.faults.append((copied, nbytes))
+
+
+@pytest.mark.parametrize("checkpointed", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("is_broken_off", [False, True])
+def test_no_memory_goes_while_a_copy_needs_it(is_broken_off, checkpointed):
+    """On a GPU it would be given to something else while the copying stream still reads or fills it."""
+    transfers = Guarded()
+    run, offload = strategy(checkpointed, transfers)
+    blocks = make_blocks()
+    for _ in range(2):
+        gradients(run, blocks)
+    if is_broken_off:
+        loss = forward_pass(run, blocks)
+        with pytest.raises(RuntimeError, match="stop"):
+            blocks[2].scale.register_hook(stop)
+            loss.backward()
+        del loss
+    assert transfers.copies > 2 * (BLOCKS - 1) and not transfers.faults
+    del run, offload, blocks
+    gc.collect()
+    assert not transfers.faults
+
+
+def stop(_gradient: Tensor) -> Tensor:
+    raise RuntimeError("stop")
+
+
 class Told(Plain):
     """Notes the order in which copies begin and are waited for."""
 
