@@ -3,15 +3,15 @@
 Knows no module: a unit is a number. Decides which slot is given up, the one that was asked for longest ago, and what
 comes next: what came next the last time that the same two units were asked for in the same kind of pass. So one rule
 serves the forward, the backward pass with its recomputation, and sampling, whichever way each goes through the model;
-the first pass of a kind is the one that it learns from.
+the first pass of a kind is the one that it learns from. A slot is never overwritten while somebody has a tensor in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,27 +22,50 @@ from ltxforge.memory.transfers import Transfers
 
 @dataclass
 class Moved:
-    """What was copied to the device so far: `waited` counts the units that were asked for before they were on their
-    way.
+    """What was copied to the device so far.
+
+    `waited` counts the units that were asked for before they were on their way, `left` the slots whose memory was left
+    to somebody who still had a tensor in it.
     """
 
     units: int = 0
     bytes: int = 0
     waited: int = 0
+    left: int = 0
 
 
-@dataclass(eq=False)
+Views = TypeVar("Views")
+
+
 class Slot:
-    """A place on the device. `length` bytes of `unit` are in it, or on their way while `arrival` is not None.
+    """A place on the device. `length` bytes of `unit` are in it, or on their way while `arrival` is not None."""
 
-    `views` is whatever the reader keeps of a unit in this slot; it is there as long as the slot is.
-    """
+    def __init__(self, memory: Tensor) -> None:
+        """`memory` is uint8, a storage of its own."""
+        self.bytes = memory
+        self.unit: int | None = None
+        self.length = 0
+        self.arrival: Callable[[], Any] | None = None
+        self._views: dict[Any, Any] = {}
+        self._storage = memory.untyped_storage()
+        self._known = self._uses()
 
-    bytes: Tensor
-    unit: int | None = None
-    length: int = 0
-    arrival: Callable[[], Any] | None = None
-    views: dict[Any, Any] = field(default_factory=dict)
+    def views(self, key: Any, make: Callable[[], Views]) -> Views:
+        """`make()`, tensors that lie in this slot, made once and kept as long as the slot is."""
+        if key not in self._views:
+            before = self._uses()
+            self._views[key] = make()
+            self._known += self._uses() - before
+        return self._views[key]
+
+    @property
+    def is_held(self) -> bool:
+        """Whether somebody else still has a tensor that lies in it."""
+        return self._uses() > self._known
+
+    def _uses(self) -> int:
+        """How many tensors lie in its storage."""
+        return torch._C._storage_Use_Count(self._storage._cdata)
 
 
 class Ring:
@@ -131,6 +154,11 @@ class Ring:
 
     def _begin(self, unit: int, length: int) -> Slot:
         """Start bringing a unit into the slot that was asked for longest ago."""
+        if self._slots[0].is_held:
+            # Tensors that autograd keeps pass `pack`, but what a Function keeps by itself does not: torch.compile's
+            # backends without AOTAutograd, for one. Overwritten they would be wrong without a word.
+            self._slots[0] = Slot(torch.empty_like(self._slots[0].bytes))
+            self.moved.left += 1
         slot = self._slots.pop(0)
         self._slots.append(slot)
         slot.unit, slot.arrival = None, None

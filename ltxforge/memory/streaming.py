@@ -41,20 +41,24 @@ class Place:
     module: nn.Module
     name: str
 
-    def put(self, tensor: Tensor | None) -> None:
-        self._table[self.name] = tensor
+    def fill(self, tensor: Tensor) -> None:
+        """Put a tensor of one's own there, over the same memory: who keeps it can be seen (`Slot.is_held`)."""
+        self._table[self.name] = nn.Parameter(tensor, requires_grad=False) if self._is_parameter else tensor.detach()
+
+    def empty(self) -> None:
+        self._table[self.name] = None
 
     @property
     def is_empty(self) -> bool:
         return self.name in self._table and self._table[self.name] is None
 
     @property
-    def is_parameter(self) -> bool:
+    def _is_parameter(self) -> bool:
         return self.name in self.module._parameters
 
     @property
     def _table(self) -> dict[str, Any]:
-        return self.module._parameters if self.is_parameter else self.module._buffers
+        return self.module._parameters if self._is_parameter else self.module._buffers
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,7 @@ class Piece:
     def of(self, slot: Slot) -> Tensor:
         """It, as it lies in a slot."""
         taken = slot.bytes[self.begin : self.begin + self.described.nbytes]
-        view = taken.view(self.described.dtype).view(self.described.shape)
-        return nn.Parameter(view, requires_grad=False) if self.place.is_parameter else view
+        return taken.view(self.described.dtype).view(self.described.shape)
 
 
 @dataclass(frozen=True)
@@ -91,15 +94,14 @@ class Callee:
 
     def views(self, slot: Slot, length: int) -> list[tuple[Place, Tensor]]:
         """Where each tensor belongs that lies in the slot's first `length` bytes, and it, as it lies there."""
-        key = self, length
-        if key not in slot.views:
-            slot.views[key] = [(piece.place, piece.of(slot)) for piece in self.pieces if piece.begin < length]
-        return slot.views[key]
+        return slot.views(
+            (self, length), lambda: [(piece.place, piece.of(slot)) for piece in self.pieces if piece.begin < length]
+        )
 
     def empty(self) -> None:
         """Take the tensors out of their modules."""
         for piece in self.pieces:
-            piece.place.put(None)
+            piece.place.empty()
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ class Streamer:
         slot = self._brought.bring(callee.unit, whole)
         unit = self._units[callee.unit]
         for place, view in callee.views(slot, unit.length if whole else unit.used):
-            place.put(view)
+            place.fill(view)
 
     def pack(self, tensor: Tensor) -> Handle | Tensor:
         """What is kept of a saved tensor: where it comes from if it lies in a slot, else itself without its history."""

@@ -135,6 +135,8 @@ class Streamed:
             loss = self.forward(step, micro)
             loss.sum().backward()
             losses.append(loss.detach())
+        if self.streamer is not None and self.kind is Streamer:
+            assert self.streamer.moved.left == 0, "somebody has kept a slot"
         return torch.cat(losses), {name: parameter.grad for name, parameter in parameters.items()}
 
 
@@ -296,12 +298,12 @@ def test_one_modality_copies_its_own_weights_and_samples_both(stream, plan_maker
     assert_same(run.step(), still.step())
 
 
-def counted(run: Streamed, call: Callable[[], Any]) -> tuple[int, int, int]:
+def counted(run: Streamed, call: Callable[[], Any]) -> tuple[int, ...]:
     """Units copied, bytes copied and units waited for."""
     moved = run.streamer.moved
     before = dataclasses.astuple(moved)
     call()
-    return tuple(now - then for now, then in zip(dataclasses.astuple(moved), before, strict=True))
+    return tuple(now - then for now, then in zip(dataclasses.astuple(moved), before, strict=True))[:3]
 
 
 @pytest.mark.parametrize("count", [3, 4])
@@ -402,10 +404,16 @@ class NeverWaits(SimulatedStreams):
 
 
 class KeepsTensors(Streamer):
-    """A fault: saved tensors that lie in slots are kept as they are."""
+    """Saved tensors that lie in slots are kept as they are, as by someone whom `pack` does not reach."""
 
     def pack(self, tensor: Tensor) -> Tensor:
         return tensor.detach()
+
+
+class CarelessSlot(Slot):
+    """A fault: it is overwritten, whoever has a tensor in it."""
+
+    is_held = False
 
 
 class GivesUpTheWrongSlot(Ring):
@@ -431,17 +439,49 @@ class StreamsWrongly(Streamer):
     ],
     ids=["does not wait", "keeps slots", "gives up the wrong slot"],
 )
-def test_faults_are_seen(settings, plan_maker, resident):
+def test_faults_are_seen(settings, plan_maker, resident, monkeypatch):
     """The simulation can tell: each of these steps is wrong, and on a GPU might have been right by luck."""
+    monkeypatch.setattr("ltxforge.memory.ring.Slot", CarelessSlot)
     given = {**settings, "transfers": settings.get("transfers", SimulatedStreams)()}
+    given["kind"] = type("Faulty", (given.get("kind", Streamer),), {})
     run = Streamed(VIDEO, plan_for(VIDEO, plan_maker), **given)
     results = [run.step(), run.step()]
     expected = resident(VIDEO)[1]
     assert any(not torch.equal(gradient, expected[name]) for _, g in results for name, gradient in g.items())
 
 
-def test_a_slot_that_was_kept_without_a_handle_raises(plan_maker):
-    """A streamed block that is not recomputed does not go wrong in silence: autograd sees the slot's new version."""
+@pytest.mark.parametrize("stream", [SWAP, LEAF], ids=["block", "leaf"])
+def test_a_slot_is_left_to_whoever_still_has_a_tensor_in_it(stream, plan_maker, resident):
+    """It costs memory then, and no bit."""
+    run = Streamed(VIDEO, plan_for(VIDEO, plan_maker), stream, kind=KeepsTensors)
+    for _ in range(2):
+        assert_same(run.step(), resident(VIDEO))
+    assert (run.streamer.moved.left > 0) == (stream is LEAF), "a block's slot lasts as long as its backward pass"
+
+
+def test_a_weight_that_somebody_keeps_stays_what_it_is(plan_maker):
+    """As a Function may that does not save it through autograd."""
+    run = Streamed(VIDEO, plan_for(VIDEO, plan_maker), SWAP)
+    linear = run.model.transformer.transformer_blocks[1].ff.net[0].proj.base_layer
+    kept: list[Tensor] = []
+    run.streamer.run(1, lambda: kept.append(linear.weight))
+    before = kept[0].clone()
+    for number in (2, 3, 1, 2):
+        run.streamer.run(number, lambda: None)
+    assert torch.equal(kept[0], before) and run.streamer.moved.left == 1
+
+
+def test_a_streamed_block_that_is_not_computed_again_is_right_all_the_same(plan_maker, resident):
+    """Without handles each block's slot is left to autograd, until its backward pass."""
+    run = Streamed(VIDEO, plan_for(VIDEO, plan_maker), SWAP, kind=KeepsTensors)
+    run.model.run_block = lambda number, forward, *given: run.streamer.run(number, partial(forward, *given))
+    assert_same(run.step(), resident(VIDEO))
+    assert run.streamer.moved.left > 0
+
+
+def test_autograd_sees_a_slot_s_new_version(plan_maker, monkeypatch):
+    """What was kept past `pack` and was overwritten raises, because slots are never written through `.data`."""
+    monkeypatch.setattr("ltxforge.memory.ring.Slot", CarelessSlot)
     run = Streamed(VIDEO, plan_for(VIDEO, plan_maker), SWAP)
     run.model.run_block = lambda number, forward, *given: run.streamer.run(number, partial(forward, *given))
     loss = run.forward()
