@@ -135,7 +135,7 @@ class DeviceAttention(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
         if func is functional.rms_norm and not self._is_cpu:
-            return torch.ops.aten._fused_rms_norm(*_norm_arguments(*args, **kwargs))[0]
+            return _FusedNorm.apply(*_norm_arguments(*args, **kwargs))
         return func(*args, **kwargs)
 
     def _attend(
@@ -165,9 +165,27 @@ class DeviceAttention(TorchFunctionMode):
 
 
 def _norm_arguments(
-    given: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
-) -> tuple[Tensor, Sequence[int], Tensor | None, float | None]:
-    return given, normalized_shape, weight, eps
+    given: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,  # noqa: ARG001
+) -> tuple[Tensor, int, Tensor | None]:
+    """Those of `rms_norm` that say what is kept. As there, `input` is only ever given by its place."""
+    return given, len(normalized_shape), weight
+
+
+class _FusedNorm(torch.autograd.Function):
+    """The memory of CUDA's fused RMSNorm, whose op falls to pieces on the meta device: a float32 a row beside x."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, normed: int, weight: Tensor | None) -> Tensor:
+        reciprocal = given.new_empty(given.shape[:-normed], dtype=torch.float32)
+        ctx.save_for_backward(given, weight, reciprocal)
+        return torch.empty_like(given)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+        return torch.empty_like(upstream), None, None
 
 
 def _rows(tensor: Tensor) -> int:

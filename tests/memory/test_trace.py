@@ -217,8 +217,8 @@ def test_a_real_step_takes_what_was_estimated(case, monkeypatch):
 @pytest.mark.parametrize(
     ("version", "numbers", "adapter", "products", "attention", "checkpoint", "peaks"),
     [
-        ("0.9.5", 1.923, 29.4, 20.6, 8.8, 25.2, (0.53, 0.9)),
-        ("2.0-dev", 18.88, 213.9, 165.5, 35.3, 50.8, (1.82, 2.6)),
+        ("0.9.5", 1.923, 29.4, 20.6, 8.8, 25.2, (0.53, 0.8)),
+        ("2.0-dev", 18.88, 213.9, 165.5, 35.3, 50.8, (1.82, 2.4)),
     ],
 )
 def test_sizes_and_work_of_real_models(version, numbers, adapter, products, attention, checkpoint, peaks):
@@ -247,8 +247,8 @@ def test_our_kernels_keep_less_than_eager():
             plan_for(spec, REAL, kind="cuda", rank=32, kernels=everything(name)) for name in ("eager", "triton")
         )
     )
-    assert ours.kept.stays < 0.85 * eager.kept.stays
-    assert ours.again.backward < 0.85 * eager.again.backward
+    assert ours.kept.stays < 0.95 * eager.kept.stays
+    assert ours.again.backward < 0.95 * eager.again.backward
     assert ours.effort.traffic < 0.3 * eager.effort.traffic
     assert (ours.effort.linear, ours.effort.attention) == (eager.effort.linear, eager.effort.attention)
     # [W | B] in one matrix: 64 columns more behind each of 8 layers with an adapter.
