@@ -65,6 +65,7 @@ def run(parsed: Parsed, out: Path | None, screen: Screen) -> None:
         model = load_model(
             plan.model, torch_device(plan.device.kind), torch_dtype(plan.device.precision), vae_dtype=encoders,
             text_dtype=encoders, modalities=plan.training.modalities, text_cache=plan.cache.text,
+            text_encoder_precision=plan.memory.text_encoder_precision,
         )  # fmt: skip
         model.kernels = plan.kernels
         cache = Cache(Path(plan.cache.directory), emit)

@@ -17,6 +17,7 @@ from ltxforge.errors import DataError
 from ltxforge.media.audio import MIXDOWN
 from ltxforge.media.decode import RESIZE
 from ltxforge.models.interface import PromptEmbeddings, WantedPrompt
+from ltxforge.models.quantised_encoders import NOT_QUANTISED, RULE
 from ltxforge.plan import Plan, SamplePlan, identity
 
 # Raised by hand when an encoding changes meaning; tests/dataset/test_encode.py holds the values they guard.
@@ -107,6 +108,8 @@ def prompt_key(plan: Plan, wanted: WantedPrompt, dtype: torch.dtype) -> Key:
         "dtype": str(dtype), "tokens": tokens,
         "text_encoder": parts["text_encoder"].digest, "tokenizer": parts["tokenizer"].digest,
     }  # fmt: skip
+    if plan.memory.text_encoder_precision != NOT_QUANTISED:
+        key["quantised"] = f"{plan.memory.text_encoder_precision}: {RULE}"
     if "connectors" in parts:
         return key | {"text": plan.cache.text, "connectors": parts["connectors"].digest}
     return key | {"rule": f"padded to tokens as {plan.model.rope} pipelines do, stored trimmed"}

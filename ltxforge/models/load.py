@@ -22,6 +22,7 @@ from ltxforge.models.interface import VideoModel
 from ltxforge.models.ltx2_parts import LTX2Parts
 from ltxforge.models.ltx2_video import LTX2Video
 from ltxforge.models.ltx_video import LTXVideo, Parts
+from ltxforge.models.quantised_encoders import HOST, NOT_QUANTISED, quantised_module
 from ltxforge.models.sources import spec_of
 from ltxforge.models.text_encoders import load_gemma, load_t5
 from ltxforge.plan import ComponentPlan, ModelPlan
@@ -38,6 +39,7 @@ def load_model(
     text_dtype: torch.dtype | None = None,
     modalities: str = "video",
     text_cache: str = "connectors",
+    text_encoder_precision: str = NOT_QUANTISED,
 ) -> VideoModel:
     """The plan's model. Nothing is read before a part is asked for; how the transformer is kept is `model.keep`'s.
 
@@ -47,29 +49,29 @@ def load_model(
         vae_dtype, text_dtype: the encoders' dtypes; by default float32 on a CPU, bfloat16 elsewhere.
         modalities: "video", "audio" or "both": what the model computes. LTX-Video has video alone.
         text_cache: "connectors" or "features": what LTX-2 caches of a caption.
+        text_encoder_precision: "bf16", which is `text_dtype`, "int8" or "nf4".
     """
     spec = spec_of(plan)
     dtypes = {"vae_dtype": vae_dtype, "text_dtype": text_dtype}
     if spec.family == "ltx-video":
         assert modalities == "video", "LTX-Video has no sound"
-        return LTXVideo(spec, plan.rope, _ltx_video_parts(plan, spec), device, dtype, **dtypes)
-    return LTX2Video(
-        spec, plan.rope, _ltx2_parts(plan, spec), device, dtype, modalities=modalities, text_cache=text_cache, **dtypes
-    )
+        return LTXVideo(spec, plan.rope, _ltx_video_parts(plan, spec, text_encoder_precision), device, dtype, **dtypes)
+    parts = _ltx2_parts(plan, spec, text_encoder_precision)
+    return LTX2Video(spec, plan.rope, parts, device, dtype, modalities=modalities, text_cache=text_cache, **dtypes)
 
 
-def _ltx_video_parts(plan: ModelPlan, spec: ModelSpec) -> Parts:
+def _ltx_video_parts(plan: ModelPlan, spec: ModelSpec, text_precision: str) -> Parts:
     made = partial(_made, plan, tiny.tiny_parts)
     drawn = blueprints(plan, spec)
     return Parts(
         transformer=made("transformer", partial(_placed, plan, drawn["transformer"])),
         vae=made("vae", partial(_filled, drawn["vae"])),
-        text_encoder=made("text_encoder", partial(_with_tokenizer, plan, load_t5)),
+        text_encoder=_text_encoder(plan, made, load_t5, text_precision),
         scheduler=partial(load_scheduler, plan.components["scheduler"], spec),
     )
 
 
-def _ltx2_parts(plan: ModelPlan, spec: ModelSpec) -> LTX2Parts:
+def _ltx2_parts(plan: ModelPlan, spec: ModelSpec, text_precision: str) -> LTX2Parts:
     components = plan.components
     made = partial(_made, plan, ltx2_tiny.tiny_parts)
     drawn = blueprints(plan, spec)
@@ -77,7 +79,7 @@ def _ltx2_parts(plan: ModelPlan, spec: ModelSpec) -> LTX2Parts:
     return LTX2Parts(
         transformer=made("transformer", partial(_placed, plan, drawn["transformer"])),
         **filled,
-        text_encoder=made("text_encoder", partial(_with_tokenizer, plan, load_gemma)),
+        text_encoder=_text_encoder(plan, made, load_gemma, text_precision),
         scheduler=partial(load_scheduler, components["scheduler"], spec),
         mel=partial(mel_settings, plan, spec),
     )
@@ -91,8 +93,23 @@ def _made(plan: ModelPlan, tiny_parts: Callable[[ModelSpec], Any], name: str, fr
     return partial(from_files, _located(component, name))
 
 
-def _with_tokenizer(plan: ModelPlan, load: Callable, path: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    return load(path, _located(plan.components["tokenizer"], "tokenizer"), device, dtype)
+def _text_encoder(plan: ModelPlan, made: Callable, load: Callable, precision: str) -> Callable:
+    """How the text encoder is made, with its tokenizer; a built-in one is whole before it is quantised."""
+    make = made("text_encoder", partial(_with_tokenizer, plan, load, precision))
+    if plan.components["text_encoder"].kind != "builtin" or precision == NOT_QUANTISED:
+        return make
+
+    def quantised(device: torch.device, dtype: torch.dtype) -> Any:
+        encoder, tokenizer = make(HOST, dtype)
+        return quantised_module(encoder, device, dtype, precision), tokenizer
+
+    return quantised
+
+
+def _with_tokenizer(
+    plan: ModelPlan, load: Callable, precision: str, path: Path, device: torch.device, dtype: torch.dtype
+) -> Any:
+    return load(path, _located(plan.components["tokenizer"], "tokenizer"), device, dtype, precision)
 
 
 def _located(component: ComponentPlan, name: str) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ltxforge.modalities import MODALITIES, has
+from ltxforge.models.quantised_encoders import device_of
 
 SHARED = "features"
 """What 2.0's one feature tensor is called, which serves both modalities; the later ones' are `video_features`, …"""
@@ -37,7 +38,7 @@ def hidden_states(encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, captio
         [caption.strip()], padding="max_length", max_length=tokens, truncation=True, add_special_tokens=True,
         return_tensors="pt",
     )  # fmt: skip
-    device = next(encoder.parameters()).device
+    device = device_of(encoder)
     mask = words.attention_mask.to(device)
     output = encoder.model(input_ids=words.input_ids.to(device), attention_mask=mask, output_hidden_states=True)
     kept = tokens - int(words.attention_mask.sum())

@@ -33,11 +33,12 @@ from transformers.utils import logging as transformers_logging
 from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
 from ltxforge.models.formats import is_companion
-from ltxforge.models.layout_ltx2 import PACKED_TOKENIZER, Part, language_model, packed_config
+from ltxforge.models.layout_ltx2 import PACKED_TOKENIZER, language_model, packed_config
 from ltxforge.models.parts import cast
+from ltxforge.models.quantised_encoders import NOT_QUANTISED, fill_quantised, markers
 from ltxforge.models.tensors import DTYPES, NAMED_IN_ERRORS, read_tensor, read_tensors
 from ltxforge.models.trees import LocalTree, whole_header
-from ltxforge.models.weights import Header, read_header
+from ltxforge.models.weights import Header, TensorEntry, read_header
 
 Gemma = Gemma3ForConditionalGeneration | Gemma4UnifiedForConditionalGeneration
 GEMMA_CLASSES = {"gemma3": Gemma3ForConditionalGeneration, "gemma4_unified": Gemma4UnifiedForConditionalGeneration}
@@ -47,20 +48,21 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def load_t5(
-    encoder: Path, tokenizer: Path, device: torch.device, dtype: torch.dtype
+    encoder: Path, tokenizer: Path, device: torch.device, dtype: torch.dtype, precision: str = NOT_QUANTISED
 ) -> tuple[T5EncoderModel, PreTrainedTokenizerBase]:
-    """T5's encoder and its tokenizer from their folders."""
-    return _from_folder(T5EncoderModel, encoder, device, dtype), load_tokenizer(tokenizer)
+    """T5's encoder and its tokenizer from their folders; `precision` as in `quantised_encoders.py`."""
+    return _from_folder(T5EncoderModel, encoder, device, dtype, precision), load_tokenizer(tokenizer)
 
 
 def load_gemma(
-    encoder: Path, tokenizer: Path, device: torch.device, dtype: torch.dtype
+    encoder: Path, tokenizer: Path, device: torch.device, dtype: torch.dtype, precision: str = NOT_QUANTISED
 ) -> tuple[Gemma, PreTrainedTokenizerBase]:
-    """Gemma and its tokenizer: two folders, or one packed file that is given for both."""
+    """Gemma and its tokenizer: two folders, or one packed file that is given for both; `precision` as for `load_t5`."""
     if encoder.is_file():
         header = read_header(encoder)
-        return _packed_gemma(encoder, header, device, dtype), _packed_tokenizer(encoder, header)
-    return _from_folder(_gemma_class(encoder), encoder, device, dtype), as_gemma(load_tokenizer(tokenizer))
+        return _packed_gemma(encoder, header, device, dtype, precision), _packed_tokenizer(encoder, header)
+    gemma = _from_folder(_gemma_class(encoder), encoder, device, dtype, precision)
+    return gemma, as_gemma(load_tokenizer(tokenizer))
 
 
 def require_whole_t5(encoder: Path) -> None:
@@ -72,7 +74,7 @@ def require_whole_gemma(encoder: Path) -> None:
     """Refuse a Gemma, in a folder or packed, whose tensors do not fit its configuration. Reads headers alone."""
     if encoder.is_file():
         header = read_header(encoder)
-        tensors = _without_memory(language_model(header))
+        tensors = _without_memory(language_model(header).entries)
         _packed_model(header, tensors, torch.bfloat16, str(encoder), device_map="meta")
     else:
         _require_whole_folder(_gemma_class(encoder), encoder)
@@ -87,20 +89,35 @@ def _gemma_class(encoder: Path) -> type[Gemma]:
 
 def _require_whole_folder(kind: type[PreTrainedModel], folder: Path) -> None:
     """transformers' own comparison, over tensors without memory: it knows the names of older folders."""
-    header, _ = whole_header(LocalTree(folder.parent, folder.name, FileDigests()), folder.name)
-    tensors = _without_memory(Part({name: name for name in header.tensors}, header.tensors))
+    _built_of(kind, folder, _without_memory(_entries(folder)), torch.bfloat16, "meta")
+
+
+def _entries(folder: Path) -> Mapping[str, TensorEntry]:
+    return whole_header(LocalTree(folder.parent, folder.name, FileDigests()), folder.name)[0].tensors
+
+
+def _built_of(
+    kind: type[PreTrainedModel], folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, place: str
+) -> Any:
+    """The module that a folder's configuration describes, made of these tensors in the place of the folder's."""
     config = kind.config_class.from_pretrained(folder, local_files_only=True)
-    _built(kind, None, str(folder), torch.bfloat16, config=config, state_dict=tensors, device_map="meta")
+    return _built(kind, None, str(folder), dtype, config=config, state_dict=tensors, device_map=place)
 
 
-def _without_memory(part: Part) -> dict[str, torch.Tensor]:
+def _without_memory(entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
     return {
         name: torch.empty(entry.shape, dtype=DTYPES.get(entry.dtype, torch.uint8), device="meta")
-        for name, entry in part.entries.items()
+        for name, entry in entries.items()
     }
 
 
-def _from_folder(kind: type[PreTrainedModel], folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def _from_folder(
+    kind: type[PreTrainedModel], folder: Path, device: torch.device, dtype: torch.dtype, precision: str
+) -> Any:
+    if precision != NOT_QUANTISED:
+        shapes = {name: entry.shape for name, entry in _entries(folder).items()}
+        module = _built_of(kind, folder, markers(shapes), torch.float32, "cpu")
+        return fill_quantised(module, folder, {name: name for name in shapes}, device, dtype, precision)
     module = _built(
         kind, folder, str(folder), dtype, local_files_only=True, use_safetensors=True, device_map={"": str(device)}
     )
@@ -130,12 +147,17 @@ def _require_fit(told: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _packed_gemma(path: Path, header: Header, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _packed_gemma(path: Path, header: Header, device: torch.device, dtype: torch.dtype, precision: str) -> nn.Module:
     """The language model of a packed file; its other modalities' towers are neither built nor read.
 
     The peak is the module's own size in `dtype` and one tensor: a bf16 file in float32, as on a CPU, takes twice its
     size.
     """
+    if precision != NOT_QUANTISED:
+        part = language_model(header)
+        told = markers({name: entry.shape for name, entry in part.entries.items()})
+        module = _packed_model(header, told, torch.float32, str(path), device_map="cpu")
+        return fill_quantised(module, path, {name: part.names[name] for name in told}, device, dtype, precision)
     wanted = {original: name for name, original in language_model(header).names.items()}
     tensors = {wanted[name]: value for name, value in read_tensors(path, wanted, device, dtype)}
     return cast(_packed_model(header, tensors, dtype, str(path)), device, dtype)

@@ -17,7 +17,7 @@ from ltxforge.media import demo
 from ltxforge.media.decode import decode
 from ltxforge.models.interface import WantedPrompt
 from ltxforge.models.load import load_model
-from ltxforge.plan import CachePlan, DataPlan, PromptPlan, SamplePlan, ValidationPlan
+from ltxforge.plan import CachePlan, DataPlan, MemoryPlan, PromptPlan, SamplePlan, ValidationPlan
 from ltxforge.shapes import ClipShape
 from ltxforge.signals import StopRequest
 
@@ -151,7 +151,20 @@ def test_every_input_of_a_prompt_is_in_its_key(tiny_plan, part):
             torch.float32,
         ),
     ]
+    others += [
+        key(dataclasses.replace(tiny_plan, memory=MemoryPlan(text_encoder_precision=each)), wanted, torch.float32)
+        for each in ("int8", "nf4")
+    ]
     assert key(tiny_plan, wanted, torch.float32) not in others
+    assert len({str(other) for other in others}) == len(others)
+
+
+def test_how_the_base_is_kept_makes_no_prompt_anew(tiny_plan):
+    """Nor does a text encoder in 16 bits, as before there was another: caches of earlier releases stay."""
+    wanted, kept = WantedPrompt("a"), MemoryPlan(base_precision="nf4", text_encoder_precision="bf16")
+    key = cached.prompt_key(tiny_plan, wanted, torch.float32)
+    assert key == cached.prompt_key(dataclasses.replace(tiny_plan, memory=kept), wanted, torch.float32)
+    assert "quantised" not in key
 
 
 def test_a_stop_keeps_what_is_made_and_goes_on_later(world):
