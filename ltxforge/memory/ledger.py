@@ -55,6 +55,7 @@ class Ledger(TorchDispatchMode):
     def __init__(self, kind: str, least: int = 0) -> None:
         super().__init__()
         self.least = least
+        self._workspaces = {**WORKSPACES, "aten::convolution": _columns if kind == "cpu" else _other_layout}
         self.grain = GRAIN.get(kind, USUAL_GRAIN)
         self.live = 0
         self.stretches = [Stretch("start", 0, 0)]
@@ -79,7 +80,7 @@ class Ledger(TorchDispatchMode):
         made = _of_shapes((result,))
         is_fresh = sum(self._count(tensor) for tensor in made) > 0  # each is counted
         name = func.name().split(".")[0]
-        workspace = WORKSPACES.get(name)
+        workspace = self._workspaces.get(name)
         inside = workspace(*args) if workspace else 0
         now = self.stretches[-1]
         now.peak = max(now.peak, self.live + inside)
@@ -251,6 +252,29 @@ def _attention_backward(_upstream: Tensor, query: Tensor, *_rest: Any) -> int:
 def _index(_given: Tensor, indices: Sequence[Tensor | None]) -> int:
     """Numbers of 32 bits are made 64 wide first."""
     return sum(index.numel() * 8 for index in indices if index is not None and index.dtype == torch.int32)
+
+
+SMALL_CONVOLUTION = 20480
+"""Of up to so many numbers, the last side not counted, torch computes a float32 convolution on a CPU by columns."""
+
+
+def _columns(given: Tensor, weight: Tensor, _bias: Any, stride: Sequence[int], padding: Sequence[int], *_: Any) -> int:
+    """Each pixel's neighbours side by side, where oneDNN is not asked: one sample, a small picture and kernel."""
+    kernel = weight.shape[2:]
+    is_small = math.prod(given.shape[:-1]) <= SMALL_CONVOLUTION and given.shape[0] == 1 and max(kernel) <= 3
+    if given.dtype != torch.float32 or not is_small or math.prod(kernel) == 1:
+        return 0
+    sides = zip(given.shape[2:], kernel, stride, padding, strict=True)
+    pixels = math.prod((side + 2 * pad - size) // step + 1 for side, size, step, pad in sides)
+    return given.shape[1] * math.prod(kernel) * pixels * given.element_size()
+
+
+def _other_layout(given: Tensor, weight: Tensor, _bias: Any, stride: Sequence[int], *_: Any) -> int:
+    """cuDNN's tensor cores want channels innermost: copies of pixels, weight and result. An assumption."""
+    if given.dtype == torch.float32:
+        return 0
+    made = given.numel() // given.shape[1] // math.prod(stride) * weight.shape[0]
+    return (given.numel() + weight.numel() + made) * given.element_size()
 
 
 WORKSPACES: Mapping[str, Callable[..., int]] = {

@@ -29,38 +29,41 @@ PROJECTIONS = ("text_proj_in", "video_text_proj_in", "audio_text_proj_in")
 
 
 def denoising(model: VideoModel, prompt: PromptPlan, tokens: int, kind: str) -> int:
-    """The peak of one pass of diffusers' pipeline above all weights: both prompts in one batch where it is guided.
+    """The peak of one pass of diffusers' pipeline above all weights.
 
     Args:
         model: traced, with its adapter.
         tokens: the prompts' length.
     """
+    return _peak(lambda: one_pass(model, prompt, tokens, META), kind)
+
+
+@torch.no_grad()
+def one_pass(model: VideoModel, prompt: PromptPlan, tokens: int, device: torch.device) -> Tensor:
+    """What a sample's pipeline does once a step, over empty tensors: both prompts in one batch where it is guided."""
     spec, dtype = model.spec, model.dtype
     size = 2 if prompt.guided else 1
     widths = prompt_widths(spec, "both" if spec.has_audio else "video")
     shape = prompt.shape.latent(spec.spatial_factor, spec.temporal_factor)
-
-    def run() -> Tensor:
-        prompts = {name: torch.empty(size, tokens, width, device=META, dtype=dtype) for name, width in widths.items()}
-        mask = torch.ones(size, tokens, device=META)
-        latents = torch.empty(1, shape.tokens, spec.latent_channels, device=META)
-        given = torch.cat([latents] * size).to(dtype)
-        timestep = torch.empty(size, shape.tokens, device=META) if prompt.image else torch.empty(size, device=META)
-        place = {"num_frames": shape.frames, "height": shape.height, "width": shape.width, "return_dict": False}
-        if not spec.has_audio:
-            scale = (spec.temporal_factor / prompt.fps, spec.spatial_factor, spec.spatial_factor)
-            place |= {"encoder_attention_mask": mask, "rope_interpolation_scale": scale}
-            found = model.transformer(given, prompts["embeds"], timestep, **place)[0]
-        else:
-            length = round(prompt.shape.frames / prompt.fps * spec.audio_latents_per_second)
-            sound = torch.empty(size, length, spec.transformer_config["audio_in_channels"], device=META, dtype=dtype)
-            level = torch.empty(size, device=META)
-            place |= {"encoder_attention_mask": mask, "audio_encoder_attention_mask": mask, "sigma": level}
-            place |= {"fps": prompt.fps, "audio_num_frames": length, "audio_timestep": level}
-            found = model.transformer(given, sound, prompts["video"], prompts["audio"], timestep, **place)[0]
-        return latents + (found.float().chunk(size)[-1])
-
-    return _peak(run, kind)
+    prompts = {name: torch.zeros(size, tokens, width, device=device, dtype=dtype) for name, width in widths.items()}
+    mask = torch.ones(size, tokens, device=device)
+    latents = torch.zeros(1, shape.tokens, spec.latent_channels, device=device)
+    given = torch.cat([latents] * size).to(dtype)
+    timestep = torch.zeros(size, shape.tokens, device=device) if prompt.image else torch.zeros(size, device=device)
+    place = {"num_frames": shape.frames, "height": shape.height, "width": shape.width, "return_dict": False}
+    if not spec.has_audio:
+        scale = (spec.temporal_factor / prompt.fps, spec.spatial_factor, spec.spatial_factor)
+        place |= {"encoder_attention_mask": mask, "rope_interpolation_scale": scale}
+        found = model.transformer(given, prompts["embeds"], timestep, **place)[0]
+    else:
+        length = round(prompt.shape.frames / prompt.fps * spec.audio_latents_per_second)
+        channels = spec.transformer_config["audio_in_channels"]
+        heard = torch.zeros(size, length, channels, device=device, dtype=dtype)
+        level = torch.zeros(size, device=device)
+        place |= {"encoder_attention_mask": mask, "audio_encoder_attention_mask": mask, "sigma": level}
+        place |= {"fps": prompt.fps, "audio_num_frames": length, "audio_timestep": level}
+        found = model.transformer(given, heard, prompts["video"], prompts["audio"], timestep, **place)[0]
+    return latents + found.float().chunk(size)[-1]
 
 
 def clips(spec: ModelSpec, shape: ClipShape, dtype: torch.dtype, kernels: Kernels, kind: str) -> Part:
