@@ -177,11 +177,6 @@ class QuantisedLinear(nn.Module):
         self._buffers.update(dict.fromkeys(stored))
         return stored
 
-    def tables_to(self, device: torch.device) -> None:
-        """Move what codes stand for: of a layer whose stored tensors come there later."""
-        for name in self._buffers.keys() & TABLES.keys():
-            self._buffers[name] = self._buffers[name].to(device)
-
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] again, as products see it, in the dtype."""
         implementation = once(self.op, self.kernels, next(iter(self.stored.values())).device)
