@@ -1,12 +1,12 @@
 """Too little memory, told so that something can be done: what was planned beside what was found, and what would fit.
 
-Decides the wording. Which changes are the cheapest the search knows (`fit.py`); here they come as sentences.
+Decides the wording. What would fit is for `ways_out.py` to find.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -15,6 +15,9 @@ from ltxforge.hardware import is_out_of_memory, peak_bytes
 from ltxforge.memory.costs import compare
 from ltxforge.plan import PhasePlan, Plan
 
+Changes = Callable[[PhasePlan, int], Sequence[str]]
+"""A phase with its estimate, and the peak that was measured → changes that would fit, a line each."""
+SAVED = "What was saved before is whole."
 GENERAL = (
     "memory.checkpointing = true may be set at any time; in a new run, lower resolution, frames, batch_size or rank, or"
     " leaving validation out, help too; so does memory.fit, which chooses"
@@ -23,28 +26,30 @@ GENERAL = (
 
 @contextlib.contextmanager
 def device_full_told(
-    plan: Plan, device: torch.device, *phases: str, changes: Sequence[str] = ()
+    plan: Plan, device: torch.device, *phases: str, changes: Changes = lambda _phase, _peak: ()
 ) -> Iterator[None]:  # fmt: skip
     """Want of memory becomes a DeviceFullError that compares the plan's estimate with the peak.
 
     Args:
         phases: what goes on, as in `Estimates.phases`: "captions", "clips", "load", "step", …; of several the one
             that is planned to take most is compared.
-        changes: the cheapest that would fit, a sentence each.
+        changes: told when it happens; the cheapest that would fit, by the phase's estimate and the peak.
     """
+    planned = [phase for name in phases if (phase := phase_of(plan, name))]
+    most = max(planned, key=lambda phase: phase.device_bytes, default=PhasePlan(phases[0], 0, 0))
     try:
         yield
+    except DeviceFullError as error:  # which compares more closely than is possible here
+        raise _with_changes(error, changes(most, peak_bytes(device))) from error.__cause__
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        planned = [phase for name in phases if (phase := phase_of(plan, name))]
-        most = max(planned, key=lambda phase: phase.device_bytes, default=PhasePlan(phases[0], 0, 0))
-        raise device_full(plan, most, error, {"all": peak_bytes(device)}, changes) from error
+        peak = peak_bytes(device)
+        told = device_full(plan, most, error, {"all": peak})
+        raise _with_changes(told, changes(most, peak)) from error
 
 
-def device_full(
-    plan: Plan, phase: PhasePlan, error: BaseException, measured: Mapping[str, int], changes: Sequence[str] = ()
-) -> DeviceFullError:
+def device_full(plan: Plan, phase: PhasePlan, error: BaseException, measured: Mapping[str, int]) -> DeviceFullError:
     """The error of a phase that found too little memory.
 
     Args:
@@ -56,9 +61,16 @@ def device_full(
     lines = [f"{where} has too little memory for the phase {phase.name!r}: {reason}"]
     if phase.device_bytes and measured.get("all"):
         lines += [f"  {line}" for line in compare(phase, measured)]
-    saved = "What was saved before is whole, and the same command goes on from it. "
-    remedy = f"{saved}{'; or '.join(changes) if changes else GENERAL}."
-    return DeviceFullError("\n".join(lines), remedy=remedy)
+    return DeviceFullError("\n".join(lines), remedy=f"{SAVED} {GENERAL}.")
+
+
+def _with_changes(error: DeviceFullError, changes: Sequence[str]) -> DeviceFullError:
+    if not changes:
+        return error
+    listed = "".join(f"\n    {change}" for change in changes)
+    return DeviceFullError(
+        error.what, where=error.where, remedy=f"{SAVED} What would fit, by what was measured:{listed}"
+    )
 
 
 def phase_of(plan: Plan, name: str) -> PhasePlan | None:

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import statistics
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from ltxforge.assumed import Elsewhere, machine
@@ -32,7 +33,7 @@ from ltxforge.models.interface import VideoModel
 from ltxforge.models.load import load_model
 from ltxforge.models.sources import fetch, spec_of
 from ltxforge.plan import Plan, to_json
-from ltxforge.planner import make_plan
+from ltxforge.planner import Facts, make_plan
 from ltxforge.recipe.parse import Parsed
 from ltxforge.run_directory import RunDirectory
 from ltxforge.session import open_session
@@ -43,6 +44,7 @@ from ltxforge.ui.kernels_table import calls_table
 from ltxforge.ui.plan_table import plan_table
 from ltxforge.ui.screen import Screen
 from ltxforge.ui.text import duration
+from ltxforge.ways_out import ways_out
 
 # Whose errors are about how an op is carried out, and never about the recipe.
 COMPILERS = ("triton.", "torch._dynamo.", "torch._inductor.")
@@ -60,7 +62,8 @@ def run(parsed: Parsed, out: Path | None, screen: Screen) -> None:
         Dispatcher([screen, log]) as emit,
         failures_logged(log),
     ):
-        plan = settle_plan(parsed, where, screen, log, emit, stop)
+        plan, facts = settle_plan(parsed, where, screen, log, emit, stop)
+        full_told = partial(device_full_told, plan, changes=partial(ways_out, parsed.recipe, facts))
         encoders = torch_dtype(plan.device.encoder_precision)
         model = load_model(
             plan.model, torch_device(plan.device.kind), torch_dtype(plan.device.precision), vae_dtype=encoders,
@@ -70,12 +73,12 @@ def run(parsed: Parsed, out: Path | None, screen: Screen) -> None:
         model.kernels = plan.kernels
         cache = Cache(Path(plan.cache.directory), emit)
         cache.sweep()
-        with device_full_told(plan, model.device, "captions", "clips", "sound"):
+        with full_told(model.device, "captions", "clips", "sound"):
             data = settle_data(plan, model, cache, emit, stop)
         RunDirectory(where.run).save_plan(plan, parsed.text, parsed.overrides)
-        with device_full_told(plan, model.device, "load"):
+        with full_told(model.device, "load"):
             session = open_session(plan, model, cache, data, log.attempt, emit, stop)
-        with contextlib.closing(session), device_full_told(plan, model.device, "step"):
+        with contextlib.closing(session), full_told(model.device, "step"):
             session.train()
 
 
@@ -192,7 +195,7 @@ def refuse_if_never(parsed: Parsed, where: Places) -> None:
 
 def settle_plan(
     parsed: Parsed, where: Places, screen: Screen, log: EventLog, emit: Emit, stop: StopRequest
-) -> Plan:  # fmt: skip
+) -> tuple[Plan, Facts]:  # fmt: skip
     """Gather facts, decide, compare with the run that is there, fetch weights, print the plan.
 
     The plan of a new run is saved at once; that of a run that goes on only when its data are accepted too.
@@ -202,7 +205,8 @@ def settle_plan(
     saved = home.saved_plan()
     if saved is not None:
         refuse_if_never(parsed, where)
-    plan = make_plan(parsed.recipe, gather(parsed, where, saved, emit, stop))
+    facts = gather(parsed, where, saved, emit, stop)
+    plan = make_plan(parsed.recipe, facts)
     if saved is not None:
         home.require_same_run(saved, plan)
         if plan.device.exactness_reason != saved.device.exactness_reason:
@@ -216,7 +220,7 @@ def settle_plan(
     if saved is None:
         home.save_plan(plan, parsed.text, parsed.overrides)
     emit(PlanMade(to_json(dataclasses.replace(plan, data=dataclasses.replace(plan.data, samples=())))))
-    return plan
+    return plan, facts
 
 
 def show_plan(plan: Plan, screen: Screen) -> None:
