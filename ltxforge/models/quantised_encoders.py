@@ -19,6 +19,7 @@ from ltxforge_kernels.choice import EAGER
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ltxforge.errors import WeightsError
 from ltxforge.models.tensors import Checkpoint
 from ltxforge.quant.formats import NARROW
 from ltxforge.quant.linear import QuantisedLinear
@@ -26,6 +27,7 @@ from ltxforge.quant.weights import Stored, whole
 
 Module = TypeVar("Module", bound=PreTrainedModel)
 HOST = torch.device("cpu")
+MARKER_BYTES = 4
 NOT_QUANTISED = "bf16"
 # Part of the key under which prompts are cached: raised by hand when the same words come to mean other numbers.
 RULE = "layers, double, 1"
@@ -52,15 +54,29 @@ def fill_quantised(
         names: what transformers was told each tensor is called → its name in the file.
         device, dtype: of what is not quantised; tables of words stay on the host.
         precision: "int8" or "nf4".
+
+    Raises:
+        WeightsError: transformers makes a tensor of several, or of another shape, and not one by another name.
     """
-    language = _text_alone(module)
+    language, checkpoint = _text_alone(module), Checkpoint(source)
     originals, homes = list(names.values()), {}
     kept = {id(tensor) for tensor in language.state_dict(keep_vars=True).values()}
     for name, marker in module.state_dict(keep_vars=True).items():
         if id(marker) in kept:
-            homes.setdefault(originals[int(marker.detach()[(0,) * marker.ndim])], name)
-    tensors = ((homes[original], stored) for original, stored in Checkpoint(source).read(homes))
+            original = originals[int(marker.detach()[(0,) * marker.ndim])]
+            is_marker = marker.untyped_storage().nbytes() == MARKER_BYTES
+            if not is_marker or marker.shape != checkpoint.header.tensors[original].shape:
+                raise _is_made(name, source)
+            homes.setdefault(original, name)
+    tensors = ((homes[original], stored) for original, stored in checkpoint.read(homes))
     return _placed(module, tensors, device, dtype, precision)
+
+
+def _is_made(name: str, source: Path) -> WeightsError:
+    return WeightsError(
+        f"{name} is not read as it is stored, and cannot be quantised on the way", where=str(source),
+        remedy='Leave memory.text_encoder_precision out, or set it to "bf16".',
+    )  # fmt: skip
 
 
 def quantised_module(module: Module, device: torch.device, dtype: torch.dtype, precision: str) -> Module:
