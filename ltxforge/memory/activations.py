@@ -207,7 +207,7 @@ class ActivationOffload:
             return tensor.detach().requires_grad_(tensor.requires_grad)
         known = seen.get(storage.data_ptr()) if seen is not None else None
         away = known() if known is not None else None
-        if away is None or away.leaving is None:  # once it is gone, another storage may have its address
+        if away is None:  # of one that leaves the memory, and so the address, is still its own
             with torch.no_grad():
                 away = Away(storage, self._device, self.buffers, self._transfers)
             block.sent.append(weakref.ref(away))
