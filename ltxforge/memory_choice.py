@@ -98,14 +98,14 @@ def decide(recipe: Recipe, plan: Plan, case: Case) -> Decision:
         limits = search.budget.hard
         if any(not limits.holds(phase) for phase in found):
             raise _does_not_fit(recipe, plan, search, case, max(found, key=limits.excess), limits)
-        return Decision(way.memory, way.optimizer, found, notes=(*notes, *_close(search.budget, found)))
+        memory = _with_budget(way.memory, search.budget)
+        return Decision(memory, way.optimizer, found, notes=(*notes, *_close(search.budget, found)))
     way = search.best()
     if way is None:
         leanest = search.leanest()
         worst = max(phases(costs, leanest.memory, leanest.optimizer), key=search.budget.excess)
         raise _does_not_fit(recipe, plan, search, case, worst, search.budget)
-    budget = search.budget.whole_device, search.budget.whole_host
-    memory = replace(way.memory, budget=tuple(0 if each >= UNLIMITED else each for each in budget))
+    memory = _with_budget(way.memory, search.budget)
     _legal(memory, recipe, case)
     words = words_on(search, way, _assumed(case))
     return Decision(memory, way.optimizer, phases(costs, memory, way.optimizer), words, notes, _chosen(asked))
@@ -114,6 +114,12 @@ def decide(recipe: Recipe, plan: Plan, case: Case) -> Decision:
 def _is_asked(recipe: Recipe) -> bool:
     """Whether the recipe asks for a choice that needs to know what things take."""
     return recipe.memory.fit is not None or recipe.memory.activation_budget is not None
+
+
+def _with_budget(memory: MemoryPlan, budget: Budget) -> MemoryPlan:
+    """The memory's plan with what there is, as far as that is known."""
+    there = (0 if each >= UNLIMITED else each for each in (budget.whole_device, budget.whole_host))
+    return replace(memory, budget=tuple(there))
 
 
 def _legal(memory: MemoryPlan, recipe: Recipe, case: Case) -> MemoryPlan:

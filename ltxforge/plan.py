@@ -273,8 +273,8 @@ class MemoryPlan:
     What changes no bit of a gradient may change between attempts: which blocks are computed again in the backward pass
     (`checkpointed`, by number), which are streamed, what is kept on the host. `base_precision` "bf16" is not quantised:
     the base is kept in the run's precision. `decode_tile` (pixels) and `decode_frames` are the sizes in which samples
-    are decoded, 0 for whole. `budget` is what must fit, in bytes of the device and of the host, 0 where nobody asked;
-    `fit` how it was asked for.
+    are decoded, 0 for whole. `budget` is what there is, in bytes of the device and of the host, 0 where nobody
+    knows; `fit` how a choice was asked for.
     """
 
     checkpointed: tuple[int, ...] = free(default=())

@@ -21,8 +21,12 @@ from ltxforge.recipe.schema import Recipe, parse_size
 from ltxforge.recipe.wording import toml
 from ltxforge.specs import ModelSpec
 
-_WORTH = {"int8": 0.02, "nf4": 0.1, "adamw8bit": 0.01, "text int8": 0.002, "text nf4": 0.005, "tiles": 0.001}
-"""What fewer bits and blended tiles count beside a share of a step's time. An order of preference, no measurement."""
+_WORTH = {
+    "int8": 0.02, "nf4": 0.1, "adamw8bit": 0.01, "text int8": 0.002, "text nf4": 0.005, "tiles": 0.001, "samples": 0.15,
+}  # fmt: skip
+"""What fewer bits, blended tiles and no samples while training count beside a share of a step's time: an order of
+preference, no measurement.
+"""
 LOWEST_RANK, FEWEST_FRAMES, LEAST_AREA = 4, 9, 0.25
 MOST_TOGETHER = 3
 
@@ -97,6 +101,8 @@ def _free_axes(recipe: Recipe, plan: Plan, spec: ModelSpec, on_gpu: bool, folder
     memory, asked = plan.memory, recipe.memory
     if plan.validation.prompts and not memory.decode_tile:
         yield (Rung((("memory.decode", "tiles"),), _WORTH["tiles"]),)
+    if plan.validation.prompts and (plan.validation.every or plan.validation.at_start):
+        yield (Rung((("validation.every", 0), ("validation.at_start", False)), _WORTH["samples"]),)
     yield tuple(
         Rung((("memory.text_encoder_precision", name),), _WORTH[f"text {name}"])
         for name in _below(memory.text_encoder_precision, TEXT_ENCODERS)

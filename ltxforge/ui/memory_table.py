@@ -22,7 +22,7 @@ GIB = 2**30
 def memory_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     """(label, value, who decided it)."""
     memory, origin = plan.memory, lambda key: plan.origins.get(f"memory.{key}", "")
-    if memory.fit or any(memory.budget):
+    if memory.fit:
         yield "fit", _fit(memory), origin("fit")
     yield "base", _base(memory, plan.device.precision), origin("base_precision")
     swapped = "group_offload" if origin("group_offload") in ("recipe", "--set") else "block_swap"

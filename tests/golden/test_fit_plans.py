@@ -24,7 +24,7 @@ from ltxforge.memory.costs import BlockWork, Costs, Effort, Part, Pass, Weights,
 from ltxforge.memory_wishes import wishes_of
 from ltxforge.memory_words import describe, gigabytes
 from ltxforge.planner import make_plan
-from ltxforge.recipe.parse import parse
+from ltxforge.recipe.parse import load, parse
 from ltxforge.signals import StopRequest
 from ltxforge.specs import SPECS
 
@@ -151,6 +151,27 @@ def test_what_is_chosen_fits_and_no_phase_is_forgotten(known, name):
         names = [phase.name for phase in phases(known[name], way.memory, way.optimizer)]
         sound = ["sound"] if name in ("19B", "22B") else []
         assert names == ["captions", "clips", *sound, "load", "step", "sample", "decode", "save"]
+
+
+SHIPPED = [
+    ("ltx-video-lora-lowest", "8GB", "16GB", 3.5, 11),
+    pytest.param("ltx-video-lora-8gb", "8GB", "32GB", 6.7, 16, marks=pytest.mark.sweep),
+    pytest.param("ltx2-lora-16gb", "16GB", "64GB", 13.9, 32, marks=pytest.mark.sweep),
+    pytest.param("ltx2-lora-12gb", "12GB", "64GB", 10.3, 32, marks=pytest.mark.sweep),
+]
+
+
+@pytest.mark.parametrize(("recipe", "gpu", "ram", "most_of_step", "most_of_host"), SHIPPED)
+def test_a_shipped_recipe_fits_the_card_that_it_names(recipe, gpu, ram, most_of_step, most_of_host):
+    """GB of a step on the device, and of any phase on the host: what the recipe promises."""
+    parsed = load(HERE.parents[1] / "recipes" / f"{recipe}.toml")
+    with StopRequest() as stop:
+        facts = ask(Elsewhere(places(parsed, None), machine(gpu, ram), 4), parsed, ignore, stop)
+    plan = make_plan(parsed.recipe, facts)
+    found = {phase.name: phase for phase in plan.estimates.phases}
+    assert found["step"].device_bytes <= most_of_step * GIB
+    assert max(phase.host_bytes for phase in found.values()) <= most_of_host * GIB
+    assert not any("tight" in note for note in plan.notes)
 
 
 @pytest.mark.sweep
