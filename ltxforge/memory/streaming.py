@@ -1,9 +1,10 @@
 """Streamed weights, which wait off the device and are in their modules only while these are called.
 
 One streamer serves block swap and group offload. Weights come into a few slots on the device; a module's streamed
-tensors are None at all other times, so that moving, saving or counting a model passes them by. What autograd would keep of a slot is kept as its place in a unit,
-and brought again when it is asked for: no slot is read after it was overwritten. Copies go one way; frozen weights are
-never written back. Whoever has autograd keep anything of a streamed block must use `pack` and `unpack` (`strategy.py`).
+tensors are None at all other times, so that moving, saving or counting a model passes them by. What autograd would keep
+of a slot is kept as its place in a unit, and brought again when it is asked for: no slot is read after it was
+overwritten. Copies go one way; frozen weights are never written back. Whoever has autograd keep anything of a streamed
+block must use `pack` and `unpack` (`strategy.py`).
 """
 
 from __future__ import annotations
