@@ -201,13 +201,14 @@ def detect() -> Hardware:
     kind, name, capability, memory, has_bf16 = _device()
     triton = _triton()
     lacks = _torch_lacks(kind, capability, torch.cuda.get_arch_list())
+    free = torch.cuda.mem_get_info(0)[0] if kind in ("cuda", "rocm") else 0
     return Hardware(
         kind=kind, name=name, capability=capability, memory_bytes=memory, has_bf16=has_bf16,
         threads=torch.get_num_threads(), versions=_versions(triton if kind in ("cuda", "rocm") else None),
-        missing=(*_missing(kind, capability), *filter(None, [lacks])), torch_lacks=lacks,
+        missing=(*_missing(kind, capability), *filter(None, [lacks, _taken(memory, free)])), torch_lacks=lacks,
         packages=_packages(), gfx=_gfx() if kind == "rocm" else "", triton=triton,
         interpreted=_interpreted(), triton_lacks=_triton_lacks(), compile_lacks=_compile_lacks(),
-        free_bytes=torch.cuda.mem_get_info(0)[0] if kind in ("cuda", "rocm") else 0, host_bytes=host_bytes(),
+        free_bytes=free, host_bytes=host_bytes(),
         host_free_bytes=free_host_bytes(), pins=kind in ("cuda", "rocm") and _pins(),
         locked_limit_bytes=locked_limit_bytes(),
     )  # fmt: skip
@@ -253,6 +254,14 @@ def _runs(code: str, capability: tuple[int, int]) -> bool:
         return False
     of = divmod(int(digits[0]), 10)
     return of <= capability and (kind == "compute" or of[0] == capability[0])
+
+
+def _taken(memory: int, free: int) -> str:
+    """How much of a device's memory others have; "" for less than a context of CUDA's own and a desktop take."""
+    taken = memory - free
+    if taken <= max(2**30, memory // 10):
+        return ""
+    return f"{taken / 2**30:.1f} GB of the device's memory are taken by others; plans count with all of it"
 
 
 def _pins() -> bool:

@@ -43,7 +43,7 @@ from ltxforge.plan import (
     ValidationPlan,
 )
 from ltxforge.plan_notes import notes_on
-from ltxforge.precision import loss_scale, precisions
+from ltxforge.precision import loss_scale, precision_remarks, precisions
 from ltxforge.recipe.model_rules import LTX2_SAMPLING, SOUND_PARTS, family_named
 from ltxforge.recipe.rules import dataset_id
 from ltxforge.recipe.schema import Dataset, Prompt, Recipe, Validation, parse_size
@@ -101,10 +101,11 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         require_trainable(facts.lora_file, plan.lora, matched, facts.spec, plan.training.modalities)
     estimates = estimate(plan, facts.spec, matched.tensor_sizes(plan.lora.rank))
     told = notes_on(plan, facts.spec, matched, _unread(recipe, facts), bool(recipe.validation.stg), facts.lora_file)
+    remarks = precision_remarks(plan.device.precision, facts.hardware)
     return replace(
         plan,
         estimates=replace(estimates, phases=decision.phases, choices=decision.words),
-        notes=(*facts.warnings, *facts.hardware.missing, *decision.notes, *told),
+        notes=(*facts.warnings, *facts.hardware.missing, *remarks, *decision.notes, *told),
     )
 
 

@@ -34,6 +34,21 @@ def precisions(recipe: Recipe, hardware: Hardware, previous: Plan | None) -> tup
     return precision, previous.device.encoder_precision if previous else encoders
 
 
+def precision_remarks(precision: str, hardware: Hardware) -> tuple[str, ...]:
+    """What a plan says of a precision that is asked for and does not suit the card."""
+    if hardware.kind in ("cuda", "rocm") and precision == "bf16" and not hardware.has_bf16:
+        return (
+            'training.precision = "bf16": this card has no units for it and computes it by way of fp32, slowly; "fp16"'
+            ' and "fp32" are for such cards',
+        )
+    if hardware.has_bf16 and precision == "fp16":
+        return (
+            'training.precision = "fp16" on a card with bf16 units: bf16 has the range that the weights were trained'
+            " in, is as fast, and needs no loss scale",
+        )
+    return ()
+
+
 def loss_scale(precision: str, buckets: Sequence[BucketPlan], spec: ModelSpec, modalities: str, samples: int) -> float:
     """What the loss is multiplied with before the backward pass, and the adapter's gradient divided by after it.
 

@@ -124,3 +124,9 @@ def test_free_disk_is_that_of_the_folder_which_will_hold_it(tmp_path):
 )
 def test_want_of_memory_is_known_by_its_error(error, is_memory):
     assert hardware.is_out_of_memory(error) is is_memory
+
+
+def test_what_others_hold_of_the_device_is_told_beyond_a_context():
+    card = 24 * 2**30
+    assert hardware._taken(card, card - 2**30) == "" == hardware._taken(0, 0)
+    assert hardware._taken(card, card - 5 * 2**30).startswith("5.0 GB of the device's memory are taken")

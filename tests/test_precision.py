@@ -10,7 +10,7 @@ import pytest
 from ltxforge import hardware
 from ltxforge.kernel_choices import choose_kernels, used_ops
 from ltxforge.plan import BucketPlan
-from ltxforge.precision import loss_scale, precisions
+from ltxforge.precision import loss_scale, precision_remarks, precisions
 from ltxforge.recipe.parse import parse
 from ltxforge.shapes import ClipShape
 from ltxforge.specs import SPECS
@@ -37,6 +37,18 @@ def card(*capability: int) -> hardware.Hardware:
 def test_precisions_by_card_and_recipe(machine, said, expected):
     recipe = parse(RECIPE + (f'[training]\nprecision = "{said}"\n' if said else ""), "mine.toml").recipe
     assert precisions(recipe, machine, None) == expected
+
+
+@pytest.mark.parametrize(
+    ("machine", "precision", "said"),
+    [
+        (card(7, 5), "bf16", "by way of fp32, slowly"), (card(8, 6), "fp16", "bf16 has the range"),
+        (card(7, 5), "fp16", ""), (card(8, 6), "bf16", ""), (CPU, "bf16", ""), (CPU, "fp16", ""),
+    ],
+)  # fmt: skip
+def test_what_does_not_suit_the_card_is_told(machine, precision, said):
+    remarks = precision_remarks(precision, machine)
+    assert said in "".join(remarks) and bool(remarks) == bool(said)
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
