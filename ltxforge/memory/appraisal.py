@@ -16,6 +16,7 @@ from ltxforge.memory import trace_parts
 from ltxforge.memory.costs import BlockWork, Costs, Part, precision_key
 from ltxforge.memory.trace import DTYPES, block_work, traceable
 from ltxforge.modalities import has
+from ltxforge.models.base_model import ROPES_KEPT
 from ltxforge.models.ltx2_video import LEAST_HELD_BYTES
 from ltxforge.models.published import TEXT_ENCODERS
 from ltxforge.plan import BucketPlan, MemoryPlan, Plan, PromptPlan
@@ -36,8 +37,8 @@ taken to be as many.
 """
 TEXT_WIDTHS = {"t5": (4096, 10240, 64), "gemma-3": (3840, 15360, 16), "gemma-4": (3840, 15360, 16)}
 """Their width, that of the feed-forward, and heads."""
-LARGEST_TEXT_TENSOR = {"t5": 32_128 * 4096, "gemma-3": 262_208 * 3840, "gemma-4": 262_208 * 3840}
-"""Their embeddings."""
+WORDS = {"t5": 32_128 * 4096, "gemma-3": 262_208 * 3840, "gemma-4": 262_208 * 3840}
+"""Numbers of their tables of words."""
 CAPTION_STATES = 200
 """Tokens of a caption whose hidden states wait on the host, a guess."""
 QUANTISING = {"eager": {"nf4": 28, "int8": 16, "int8-w8a8": 16, "fp8": 16}, "triton": {"nf4": 16}}
@@ -123,7 +124,9 @@ def _work(
     weights = dataclasses.replace(
         work.weights, outside=work.weights.outside + resident, quantising=_quantising(plan, spec, base[0])
     )
-    return dataclasses.replace(work, weights=weights)
+    # Tables of rotations of the last few sizes are kept; none is larger than those of the largest bucket.
+    others = (min(ROPES_KEPT, len(plan.data.buckets)) - 1) * work.ropes
+    return dataclasses.replace(work, weights=weights, given=work.given + others, head=work.head + others)
 
 
 def _quantising(plan: Plan, spec: ModelSpec, base: str) -> int:
@@ -152,10 +155,10 @@ def _captions(plan: Plan, spec: ModelSpec) -> Mapping[str, tuple[Part, ...]]:
     kind, item = spec.text_encoder, DTYPES[plan.device.encoder_precision].itemsize
     inside, tokens = IN_LINEAR_LAYERS[kind], plan.conditioning.prompt_tokens
     width, inner, heads = TEXT_WIDTHS[kind]
-    outside = (TEXT_ENCODERS[kind] - inside) * item
+    outside, words = (TEXT_ENCODERS[kind] - inside) * item, WORDS[kind] * item
     # Scores of a head for each pair of tokens in float32 before and after softmax, and the feed-forward's three.
     work = tokens * (2 * heads * tokens * 4 + 3 * inner * item)
-    host = 2 * LARGEST_TEXT_TENSOR[kind] * item
+    host = 2 * words
     after: tuple[Part, ...] = ()
     if spec.connectors_config:
         states = tokens * width * spec.connectors_config["text_proj_in_factor"] * item
@@ -163,25 +166,27 @@ def _captions(plan: Plan, spec: ModelSpec) -> Mapping[str, tuple[Part, ...]]:
         captions = len({sample.caption for sample in plan.data.samples})
         waiting = states * CAPTION_STATES // max(tokens, CAPTION_STATES) * captions
         host += min(LEAST_HELD_BYTES, waiting)
-        every, _ = _once(("connectors", spec.version, item), lambda: _connectors(plan, spec))
+        every, _ = _connectors(plan, spec)
         after = (Part(every, 5 * states, min(LEAST_HELD_BYTES, waiting)),)  # padded, normalised and projected
-    sizes = {"bf16": inside * item} | {
-        # As one matrix, whose rows have scales of their own in int8.
-        name: stored_bytes(name, inside // width, width, double=True)
-        for name in TEXT_PRECISIONS[1:]
-    }
-    return {name: (Part(outside + sizes[name], work, host), *after) for name in TEXT_PRECISIONS}
+    found = {"bf16": (Part(outside + inside * item, work, host), *after)}
+    for name in TEXT_PRECISIONS[1:]:
+        # Layer by layer; what reads no text is not kept, and the table of words stays on the host. All layers are
+        # counted as one matrix, whose rows have scales of their own in int8.
+        making = QUANTISING["eager"][name] * width * inner
+        size = stored_bytes(name, inside // width, width, double=True)
+        found[name] = (Part(size, max(work, making), host), *after)
+    return found
 
 
 def _connectors(plan: Plan, spec: ModelSpec) -> tuple[int, int]:
-    return trace_parts.connectors(spec, DTYPES[plan.device.encoder_precision])
+    dtype = DTYPES[plan.device.encoder_precision]
+    key = ("connectors", repr(spec.connectors_config), dtype)
+    return _once(key, lambda: trace_parts.connectors(spec, dtype))
 
 
 def _resident_connectors(plan: Plan, spec: ModelSpec) -> int:
     """Connectors that stay on the device, where features are cached: what is outside the blocks grows by them."""
-    if not spec.connectors_config or plan.cache.text == "connectors":
-        return 0
-    return _once(("connectors", _identity(spec), plan.device.encoder_precision), lambda: _connectors(plan, spec))[1]
+    return _connectors(plan, spec)[1] if spec.connectors_config and plan.cache.text != "connectors" else 0
 
 
 def _clips(plan: Plan, spec: ModelSpec, bucket: BucketPlan) -> Part | None:

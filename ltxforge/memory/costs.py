@@ -123,6 +123,7 @@ class BlockWork:
         tail: the peak after the last block, above what lies there then: last norm, loss, and their gradients.
         gradients: of one block's adapter.
         gradients_outside: of the adapter outside the blocks.
+        ropes: of `given`, the rotations, which are kept between steps.
         sampling: the peak inside a sample's denoising above all weights, latents and prompts included; 0 if none.
     """
 
@@ -138,6 +139,7 @@ class BlockWork:
     weights: Weights
     effort: Effort
     sampling: int = 0
+    ropes: int = 0
 
 
 @dataclass(frozen=True)

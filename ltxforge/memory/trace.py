@@ -74,6 +74,7 @@ def block_work(
         weights=weights,
         effort=_effort(plan, spec, bucket, base, kept),
         sampling=sampled,
+        ropes=kept.ropes,
     )
 
 
@@ -137,6 +138,7 @@ class Traced:
     given: int
     head: int
     tail: int
+    ropes: int
     traffic: tuple[int, int]
     touched: frozenset[int]
 
@@ -182,6 +184,7 @@ def _read(ledger: Ledger, gradients: int, outside: int) -> Traced:
         given=forwards[0].began,
         head=ledger.stretches[0].peak,
         tail=tail.peak - tail.began,
+        ropes=ledger.stretch("end").began - outside - TRACED_BLOCKS * gradients,
         traffic=(forwards[1].read_and_written, back.read_and_written),
         touched=frozenset(ledger.read),
     )

@@ -165,6 +165,17 @@ def test_connectors_that_stay_are_counted_with_the_weights():
     assert features.outside - kept.outside == trace_parts.connectors(spec, torch.bfloat16)[1] > 1e9
 
 
+def test_rotations_of_several_sizes_are_kept():
+    spec = SPECS["0.9.5"]
+    plan = dataclasses.replace(plan_for(spec, REAL), kernels=EAGER)
+    (bucket,) = plan.data.buckets
+    smaller = dataclasses.replace(bucket, shape=CLIP, tokens=CLIP.latent().tokens)
+    both = dataclasses.replace(plan, data=DataPlan((), (smaller, bucket)))
+    one, two = (costs_of(each, spec, (("bf16", False),)).works["bf16"] for each in (plan, both))
+    assert two.given - one.given == one.ropes
+    assert one.ropes == pytest.approx(2 * 6144 * 2048 * 4, rel=0.01)  # cos and sin in float32
+
+
 def test_linear_layers_of_text_encoders_are_most_of_them():
     assert IN_LINEAR_LAYERS["t5"] == TEXT_ENCODERS["t5"] - 32_128 * 4096 - 32 * 64 - 49 * 4096
     assert IN_LINEAR_LAYERS.keys() == TEXT_ENCODERS.keys()
