@@ -167,13 +167,13 @@ class _Placer:
         weight = whole(stored, _dtype_of(stored), keep.quantise_on, keep.kernels)
         made = quantised(weight, format.op, keep.double_quant, keep.kernels)
         left = sqnr(weight, dequantised(made, torch.float32, keep.kernels))
-        if left >= format.floor:  # NaN is no reason to
+        if left >= format.weight_floor:  # NaN is no reason to
             self._tell(name, format.name, "", left, weight.shape, made)
             del weight
             self._settle(name, layer, made)
         else:
             del made
-            self._tell(name, "", f"below {format.floor:g} dB", left, weight.shape)
+            self._tell(name, "", f"below {format.weight_floor:g} dB", left, weight.shape)
             self._put_whole(name, layer, weight)
         self.progress.advance((block_and_rest(name) or (-1, ""))[0])
 
@@ -256,7 +256,7 @@ class _Placer:
         if made is not None:
             known = (made.double, made.blocksize) if isinstance(made, Nf4Weight) else ()
             after = stored_bytes(format, *shape, *known)
-        floor = FORMATS[keep.base_precision].floor
+        floor = FORMATS[keep.base_precision].weight_floor
         self.layers[name] = LayerReport(name, format, reason, left, floor, 2 * numbers, after)
 
     def report(self) -> BaseReport:
