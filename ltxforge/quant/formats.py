@@ -46,7 +46,7 @@ class Format:
     gradient_cosine: float
 
 
-# Weights have heavier tails than Gaussian ones, of which NF4 leaves 20.7 dB and int8 48: of Laplace's NF4 leaves 19.7, of
+# Weights have heavier tails than Gaussian data, of which NF4 leaves 20.7 dB: of Laplace's it leaves 19.7, of
 # Student's t with three degrees of freedom 18.2. A floor is for layers that are worse than any of these.
 FORMATS = {
     format.name: format
