@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,23 @@ def _nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+def backward(loss: Tensor) -> None:
+    """In a thread of its own, as on a GPU: blocks are computed again there, and find what was compiled."""
+    faults: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            loss.backward()
+        except BaseException as error:
+            faults.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    if faults:
+        raise faults[0]
+
+
 def steps(
     base: str, plan: Plan, backend: Any, batches: list[Batch], blocks: int = 3, dtype: torch.dtype = torch.float32
 ) -> Made:
@@ -76,7 +94,7 @@ def steps(
     for number, batch in enumerate(batches):
         losses = trainer.forward(plan, model, batch, 5, 0)
         by_sample = torch.cat([each.by_sample for _, each in losses.items()])
-        by_sample.sum().backward()
+        backward(by_sample.sum())
         found.append(by_sample.detach())
         if number + 1 < len(batches):
             optimizer.step(0.05)
