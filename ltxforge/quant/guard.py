@@ -24,9 +24,7 @@ from ltxforge.quant.linear import IN_8_BITS, STORED, QuantisedLinear
 
 # So many of a layer's tokens are looked at, evenly spaced over what the forward pass gives it.
 TOKENS = 256
-# dB that 8 bits must leave of a product. Of Gaussian data W8A8 leaves 38 and fp8 28.5.
-LEAST_PRODUCT = {"int8-w8a8": 30.0, "fp8": 25.0}
-# And of what differs between tokens: what the coarsest format leaves of a weight.
+# dB that must be left of what differs between tokens: what the coarsest format leaves of a weight.
 LEAST_DIFFERING = min(FLOORS.values())
 
 
@@ -98,7 +96,7 @@ def product_left(layer: QuantisedLinear, x: Tensor) -> tuple[float, float]:
 
 def _verdict(name: str, format: str, found: list[tuple[float, float]]) -> ActivationVerdict:
     whole, differing = (worst(list(each)) for each in zip(*found, strict=True))
-    return ActivationVerdict(name, format, whole, LEAST_PRODUCT[format], differing)
+    return ActivationVerdict(name, format, whole, FORMATS[format].floor, differing)
 
 
 def _judged(transformer: nn.Module) -> Iterator[tuple[str, QuantisedLinear]]:
