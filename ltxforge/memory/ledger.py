@@ -180,6 +180,8 @@ class _FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, given: Tensor, normed: int, weight: Tensor | None) -> Tensor:
+        if weight is not None:
+            weight = weight.detach()  # an op reads it
         reciprocal = given.new_empty(given.shape[:-normed], dtype=torch.float32)
         ctx.save_for_backward(given, weight, reciprocal)
         return torch.empty_like(given)
