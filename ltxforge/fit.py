@@ -13,7 +13,7 @@ is slower. tests/test_fit.py holds it against going through everything.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import product
@@ -282,25 +282,23 @@ class Search:
     def _fastest(self, base: str, optimizer: str, disk: str, offload: bool, streamed: int, bound: float) -> Way | None:
         """The fastest way with so many streamed blocks; None if none fits, or if all take longer than `bound`."""
 
-        def way(again: int, offload: bool) -> Way:
+        def way(again: int) -> Way:
             return self._way(optimizer, self.memory(base, disk, offload, streamed, again))
 
-        if way(0, False).seconds > bound:
-            return None
-        again = self._least_again(base, optimizer, disk, offload, streamed)
-        if again is None or way(again, False).seconds > bound:  # to offload activations makes nothing faster
-            return None
-        if not offload:
-            return way(again, False)
-        # What is kept must travel then, so that keeping less may be faster. Time over the number is convex, but for
-        # the first block, which saves less than others.
-        low, high = max(again, min(1, self._most_again)), self._most_again
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (
-                (low, middle) if way(middle, True).seconds <= way(middle + 1, True).seconds else (middle + 1, high)
-            )
-        return min((way(count, True) for count in {again, low}), key=lambda each: each.seconds)
+        def fits(again: int) -> bool:
+            memory = self.memory(base, disk, offload, streamed, again)
+            return self.budget.holds(step_phase(self.costs, memory, optimizer))
+
+        plain = self._way(optimizer, self.memory(base, disk, False, streamed, 0))
+        if plain.seconds > bound or not self._rest_fits(base, optimizer, disk, offload, streamed):
+            return None  # nothing with as many streamed blocks is faster than that
+        if offload:
+            # What is kept must travel, so that keeping less may be faster; one block in transit blurs what it takes.
+            each = sorted(map(way, range(self._most_again + 1)), key=lambda found: found.seconds)
+            quick = (found for found in each if found.seconds <= bound)
+            return next((found for found in quick if fits(len(found.memory.checkpointed))), None)
+        again = self._least(fits)
+        return None if again is None or way(again).seconds > bound else way(again)
 
     def _places(self) -> list[tuple[bool, str]]:
         """Whether activations wait on the host, and where weights do. Weights do not make room on a disk for
@@ -325,25 +323,28 @@ class Search:
         memory = self.memory(base, self.asked.disks[0], offload, self._counts()[-1], 0)
         return all(phase.host_bytes <= self.budget.host_for(phase) for phase in phases(self.costs, memory, optimizer))
 
-    def _least_again(self, base: str, optimizer: str, disk: str, offload: bool, streamed: int) -> int | None:
-        """The fewest blocks that must be computed again, so that everything fits; None if it never does."""
-
-        def step_fits(again: int) -> bool:
-            memory = self.memory(base, disk, offload, streamed, again)
-            return self.budget.holds(step_phase(self.costs, memory, optimizer))
-
-        leanest = self.memory(base, disk, offload, streamed, self._most_again)
+    def _rest_fits(self, base: str, optimizer: str, disk: str, offload: bool, streamed: int) -> bool:
+        """Whether the phases beside the step fit, which do not ask which blocks are computed again."""
+        memory = self.memory(base, disk, offload, streamed, self._most_again)
         around = (
-            load_phase(self.costs, leanest),
-            *sample_phases(self.costs, leanest, optimizer),
-            save_phase(self.costs, leanest, optimizer),
+            load_phase(self.costs, memory),
+            *sample_phases(self.costs, memory, optimizer),
+            save_phase(self.costs, memory, optimizer),
         )
-        if not self._all_fit(around) or not step_fits(self._most_again):
+        return self._all_fit(around)
+
+    def _least(self, fits: Callable[[int], bool]) -> int | None:
+        """The fewest blocks that must be computed again, so that a step fits; None if it never does.
+
+        What the last block keeps is used at once: to compute it again too may even take more.
+        """
+        ends = [most for most in (self._most_again, self._most_again - 1) if most >= 0 and fits(most)]
+        if not ends:
             return None
-        low, high = 0, self._most_again
+        low, high = 0, ends[0]
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if step_fits(middle) else (middle + 1, high)
+            low, high = (low, middle) if fits(middle) else (middle + 1, high)
         return low
 
     def _ways_within(self, way: Way, seconds: float) -> Iterator[tuple[tuple[int, int], Way]]:

@@ -88,27 +88,44 @@ def decide(recipe: Recipe, plan: Plan, case: Case) -> Decision:
     notes = memory_remarks(recipe, asked.memory, case.hardware)
     if case.costs_of is None or (case.spec.tiny and not _is_asked(recipe)):
         return Decision(_legal(asked.memory, recipe, case), asked.optimizers[0], notes=notes)
-    costs = case.costs_of(plan, case.spec, asked)
-    asked = _within_budget(recipe, asked, costs)
-    _legal(asked.memory, recipe, case)
-    search = Search(costs, asked, budget_for(recipe, case.hardware), case.rates)
-    if recipe.memory.fit is None:
-        way = search.plain()
-        found = phases(costs, way.memory, way.optimizer)
-        limits = search.budget.hard
-        if any(not limits.holds(phase) for phase in found):
-            raise _does_not_fit(recipe, plan, search, case, max(found, key=limits.excess), limits)
-        memory = _with_budget(way.memory, search.budget)
-        return Decision(memory, way.optimizer, found, notes=(*notes, *_close(search.budget, found)))
+    decision = (_plain if recipe.memory.fit is None else _fitted)(recipe, plan, asked, case)
+    return replace(decision, notes=(*notes, *decision.notes))
+
+
+def _plain(recipe: Recipe, plan: Plan, asked: Asked, case: Case) -> Decision:
+    """What the recipe says, nothing chosen."""
+    search = _search(recipe, plan, asked, case)
+    way, limits = search.plain(), search.budget.hard
+    found = phases(search.costs, way.memory, way.optimizer)
+    if any(not limits.holds(phase) for phase in found):
+        raise _does_not_fit(recipe, plan, search, case, max(found, key=limits.excess), limits)
+    return Decision(_with_budget(way.memory, search.budget), way.optimizer, found, notes=_close(search.budget, found))
+
+
+def _fitted(recipe: Recipe, plan: Plan, asked: Asked, case: Case) -> Decision:
+    """What `fit` chooses. Coarser bases are asked about only where the first one does not fit with all in its place:
+    to make weights whole takes time, so that nothing is faster than that.
+    """
+    search = _search(recipe, plan, replace(asked, base_precisions=asked.base_precisions[:1]), case)
+    if not search.fits(search.resident()):
+        search = _search(recipe, plan, asked, case)
     way = search.best()
     if way is None:
         leanest = search.leanest()
-        worst = max(phases(costs, leanest.memory, leanest.optimizer), key=search.budget.excess)
+        worst = max(phases(search.costs, leanest.memory, leanest.optimizer), key=search.budget.excess)
         raise _does_not_fit(recipe, plan, search, case, worst, search.budget)
-    memory = _with_budget(way.memory, search.budget)
-    _legal(memory, recipe, case)
-    words = words_on(search, way, _assumed(case))
-    return Decision(memory, way.optimizer, phases(costs, memory, way.optimizer), words, notes, _chosen(asked))
+    memory = _legal(_with_budget(way.memory, search.budget), recipe, case)
+    found, words = phases(search.costs, memory, way.optimizer), words_on(search, way, _assumed(case))
+    return Decision(memory, way.optimizer, found, words, chosen=_chosen(asked))
+
+
+def _search(recipe: Recipe, plan: Plan, asked: Asked, case: Case) -> Search:
+    """The search over what is asked, with what it costs."""
+    assert case.costs_of is not None
+    costs = case.costs_of(plan, case.spec, asked)
+    asked = _within_budget(recipe, asked, costs)
+    _legal(asked.memory, recipe, case)
+    return Search(costs, asked, budget_for(recipe, case.hardware), case.rates)
 
 
 def _is_asked(recipe: Recipe) -> bool:
