@@ -9,6 +9,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ltxforge import __version__
 from ltxforge.checkpoint import Checkpoints
@@ -37,9 +38,11 @@ from ltxforge.models.parts import release_memory
 from ltxforge.models.vae_tiles import DecodeTiling
 from ltxforge.optim import Optimizer
 from ltxforge.plan import Plan
+from ltxforge.quant.formats import FORMATS
+from ltxforge.quant.guard import ActivationVerdict, judge_activations, use_weight_only, weight_only
 from ltxforge.run_directory import RunDirectory
 from ltxforge.signals import StopRequest
-from ltxforge.trainer import train
+from ltxforge.trainer import forward, train
 from ltxforge.ui.loss_curve import draw
 from ltxforge.validation.sample import validate
 
@@ -116,6 +119,7 @@ class Session:
         saved = self.checkpoints.newest()
         if saved is None:
             self.begin()
+            self.judge_products()
             return
         if saved.facts.get("plan") != self.plan.identity_digest():
             raise RunError(
@@ -124,8 +128,24 @@ class Session:
             )  # fmt: skip
         load_adapter(self.model.transformer, saved.adapter)
         self.optimizer.load_state(saved.optimizer)
+        use_weight_only(self.model.transformer, saved.facts.get("weight_only", ()))
         self.start = self.saved = saved.step
         self.emit(Resumed(saved.step, str(saved.path), saved.refused))
+
+    def judge_products(self) -> None:
+        """Of a base that multiplies in 8 bits, have the layers that lose too much by it on the run's first batch keep
+        their activations whole. A run that goes on has them from its checkpoint.
+        """
+        format = FORMATS.get(self.plan.memory.base_precision)
+        if format is None or not format.quantises_activations or self.plan.steps == 0:
+            return
+        first = self.batches.load(1, 0)
+        verdicts = judge_activations(self.model.transformer, lambda: forward(self.plan, self.model, first, 1, 0))
+        told = f"{sum(each.quantised for each in verdicts)} of {len(verdicts)} layers multiply in 8 bits"
+        if spared := [each for each in verdicts if not each.quantised]:
+            worst = min(spared, key=_left)
+            told += f"; the others would lose too much, {worst.layer} most of all ({_left(worst):.1f} dB left)"
+        self.emit(Note(told))
 
     def close(self) -> None:
         """Let go of the weights that wait outside of the device."""
@@ -185,7 +205,9 @@ class Session:
     def save(self, step: int) -> None:
         """A checkpoint of this step; a step that is saved already stays as it is."""
         began = time.monotonic()
-        facts = {"plan": self.plan.identity_digest(), "attempt": self.attempt, "ltxforge": __version__}
+        facts: dict[str, Any] = {"plan": self.plan.identity_digest(), "attempt": self.attempt, "ltxforge": __version__}
+        if spared := weight_only(self.model.transformer):
+            facts["weight_only"] = sorted(spared)
         adapter = adapter_parameters(self.model.transformer)
         path = self.checkpoints.save(
             step, adapter, self.optimizer.state(), lambda target: self.export(target, step), facts
@@ -221,3 +243,7 @@ class Session:
         dtype = self.model.text_dtype
         prompts = {wanted.text: read_prompt(plan, self.cache, wanted, dtype) for wanted in validation_prompts(plan)}
         validate(plan, self.model, prompts, step, self.home.samples, self.emit, self.stop)
+
+
+def _left(verdict: ActivationVerdict) -> float:
+    return min(verdict.sqnr, verdict.differing)
