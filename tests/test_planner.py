@@ -315,6 +315,15 @@ def test_a_paged_optimiser_says_where_it_pages_nothing():
     assert not [note for note in large.notes if "paged" in note]
 
 
+@pytest.mark.parametrize(
+    ("name", "base", "told"), [("lion8bit", "nf4", 1), ("lion8bit", "int8", 0), ("adamw8bit", "nf4", 0)]
+)
+def test_lion_over_nf4_is_warned_of(name, base, told):
+    text = f'{MINIMAL}[optimizer]\nname = "{name}"\n[memory]\nbase_precision = "{base}"\n'
+    plan = plan_for(text, hardware=dataclasses.replace(CPU, packages=BITSANDBYTES))
+    assert sum("collapses" in note for note in plan.notes) == told
+
+
 def test_dropout_with_recomputation_is_not_possible_on_apple_gpus():
     apple = dataclasses.replace(GPU, kind="mps", capability=(0, 0))
     text = MINIMAL + "[lora]\ndropout = 0.1\n"

@@ -355,7 +355,7 @@ def _guidance(plan: Plan) -> list[Row]:
             origin("validation.modality_guidance", ""),
         ),
         ("rescale", _values((p.rescale for p in prompts), 0), origin("validation.rescale", "")),
-        ("decoding", _decoding(prompts), origin("validation.frugal", "")),
+        ("decoding", _decoding(prompts, plan.memory.decode_tile), origin("validation.frugal", "")),
     ]
 
 
@@ -364,9 +364,10 @@ def _values(found: Iterable[float], off: float | None = None) -> str:
     return ", ".join("off" if value == off else number(value) for value in sorted(set(found)))
 
 
-def _decoding(prompts: Iterable[PromptPlan]) -> str:
-    frugal = any(prompt.frugal for prompt in prompts)
-    return "frugal: in tiles, with nothing else on the device" if frugal else "whole"
+def _decoding(prompts: Iterable[PromptPlan], tile: int) -> str:
+    if any(prompt.frugal for prompt in prompts):
+        return "frugal: in tiles, with nothing else on the device"
+    return "in tiles" if tile else "whole"
 
 
 def _schedule(plan: Plan) -> str:
