@@ -23,9 +23,10 @@ from ltxforge.specs import ModelSpec
 
 _WORTH = {
     "int8": 0.02, "nf4": 0.1, "adamw8bit": 0.01, "text int8": 0.002, "text nf4": 0.005, "tiles": 0.001, "samples": 0.15,
+    "disk": 0.03,
 }  # fmt: skip
-"""What fewer bits, blended tiles and no samples while training count beside a share of a step's time: an order of
-preference, no measurement.
+"""What fewer bits, blended tiles, a busy disk and no samples while training count beside a share of a step's time: an
+order of preference, no measurement.
 """
 LOWEST_RANK, FEWEST_FRAMES, LEAST_AREA = 4, 9, 0.25
 MOST_TOGETHER = 3
@@ -112,9 +113,13 @@ def _free_axes(recipe: Recipe, plan: Plan, spec: ModelSpec, on_gpu: bool, folder
         yield (Rung((*budget, ("memory.checkpointing", True))),)
     if on_gpu and not asked.group_offload:
         least = len(memory.stream.blocks) if memory.stream else 0
-        yield tuple(Rung((("memory.block_swap", count),)) for count in range(least + 1, spec.blocks + 1))
-    if on_gpu and not (memory.stream and memory.stream.disk):
-        yield (Rung((("memory.offload_to_disk", folder),)),) if memory.stream else ()
+        counts = range(least + 1, spec.blocks + 1)
+        yield tuple(Rung((("memory.block_swap", count),)) for count in counts)
+        if not (memory.stream and memory.stream.disk):
+            to_disk = ("memory.offload_to_disk", folder)
+            yield tuple(Rung((("memory.block_swap", count), to_disk), _WORTH["disk"]) for count in counts)
+    if on_gpu and memory.stream and not memory.stream.disk:
+        yield (Rung((("memory.offload_to_disk", folder),), _WORTH["disk"]),)
     if on_gpu and not memory.offload_activations:
         yield (Rung((("memory.offload_activations", True),)),)
 
