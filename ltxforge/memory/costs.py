@@ -251,9 +251,9 @@ def standing(costs: Costs, memory: MemoryPlan, optimizer: str) -> dict[str, int]
     state, paged = costs.moments[optimizer]
     weights = costs.works[precision_key(memory)].weights
     streamed = len(memory.stream.blocks) if memory.stream else 0
-    behind = 0 if memory.stream else weights.behind * costs.blocks
+    resident = (costs.blocks - streamed) * (weights.linear + weights.behind)
     found = {
-        "weights": weights.outside + costs.blocks * weights.block + (costs.blocks - streamed) * weights.linear + behind,
+        "weights": weights.outside + costs.blocks * weights.block + resident,
         "adapter": costs.adapter,
         "optimizer state": state - paged,
     }

@@ -132,6 +132,8 @@ def test_streamed_blocks_leave_slots_and_wait_on_the_host():
     assert standing(COSTS, at_once, "adamw")["streamed slots"] == 100 * MB
     in_twos = MemoryPlan(stream=StreamPlan(groups(BLOCKS, 2)))
     assert standing(COSTS, in_twos, "adamw")["streamed slots"] == 4 * 100 * MB
+    some = MemoryPlan(stream=swapped(2))  # the six that stay have B behind their weights, as ever
+    assert standing(COSTS, some, "adamw")["weights"] == (50 + 8 + 6 * 103) * MB
 
 
 def test_weights_on_a_disk_take_stages_of_the_host_and_nothing_more():
