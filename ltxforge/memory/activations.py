@@ -51,6 +51,11 @@ class HostBuffers:
         """The buffer may be lent again."""
         self._free.append(buffer)
 
+    def clear(self) -> None:
+        """Give what is not lent back to the system, until it is asked for again."""
+        self.bytes -= sum(len(buffer.bytes) for buffer in self._free)
+        self._free.clear()
+
 
 class Away:
     """One storage that waits on the host; its buffer is given back when nobody can ask for it any more.

@@ -88,8 +88,14 @@ class Strategy:
         if self._memory.offload_activations:
             self.offload = ActivationOffload(self._device, len(blocks) - 1, self._transfers, self._least_bytes)
         model.run_block = self.run_block
+        model.make_room = self.make_room
+
+    def make_room(self) -> None:
+        """Give up what is held only to be there sooner, until the next step: slots, and buffers that nothing is in."""
         if self.streamer is not None:
-            model.make_room = self.streamer.clear
+            self.streamer.clear()
+        if self.offload is not None:
+            self.offload.buffers.clear()
 
     @property
     def run_block(self) -> RunBlock:

@@ -125,8 +125,8 @@ class VideoModel(Protocol):
 
     `modalities` says what it computes: "video", "audio" or "both"; what is left out costs nothing. `kernels` says how
     each op is carried out, eager until a run's choices are set, `run_block` how blocks are called, plainly until then,
-    `make_room` gives up what is on the device only so that it is there when it is needed (places of streamed weights),
-    `decode_tiling` in which tiles latents are decoded, whole until then.
+    `make_room` gives up what is held only so that it is there when it is needed (places of streamed weights, the host's
+    buffers for activations), `decode_tiling` in which tiles latents are decoded, whole until then.
     """
 
     spec: ModelSpec

@@ -76,6 +76,7 @@ class LTX2Sampler:
         A frugal sample holds no other part on the device while the transformer is there, nor the transformer while
         another part is; its latents are the same, its picture too unless it is larger than a tile.
         """
+        self.make_room()  # before what is free on the host is asked for
         aside = self._transformer_aside if prompt.frugal and self._fits_on_host() else contextlib.nullcontext
         first = None
         if image is not None:

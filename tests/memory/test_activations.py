@@ -298,3 +298,15 @@ def test_buffers_fit_and_grow():
     assert buffers.lend(90) is small and buffers.lend(90) is large and buffers.bytes == 1100
     buffers.take_back(large)
     assert len(buffers.lend(2000).bytes) == 2000 and (buffers.bytes, buffers.made) == (2100, 3)
+
+
+def test_buffers_that_nothing_is_in_make_room():
+    """A sample finds the host's memory; what is lent stays, and a step asks for the rest again."""
+    buffers = HostBuffers(CPU, lambda: None)
+    lent, idle = buffers.lend(100), buffers.lend(1000)
+    gone = weakref.ref(idle)
+    buffers.take_back(idle)
+    del idle
+    buffers.clear()
+    assert gone() is None and buffers.bytes == 100 == len(lent.bytes)
+    assert len(buffers.lend(1000).bytes) == 1000 and buffers.bytes == 1100
