@@ -35,7 +35,7 @@ from ltxforge.memory.costs import (
     step_phase,
     step_seconds,
 )  # fmt: skip
-from ltxforge.plan import MemoryPlan, StreamPlan
+from ltxforge.plan import MemoryPlan, PhasePlan, StreamPlan
 
 MIB = 2**20
 OPEN = Asked(

@@ -166,8 +166,8 @@ def test_what_is_chosen_fits_and_no_phase_is_forgotten(known, name):
 SHIPPED = [
     ("ltx-video-lora-lowest", "8GB", "16GB", 3.5, 11),
     pytest.param("ltx-video-lora-8gb", "8GB", "32GB", 6.7, 16, marks=pytest.mark.sweep),
-    pytest.param("ltx2-lora-16gb", "16GB", "64GB", 13.9, 32, marks=pytest.mark.sweep),
-    pytest.param("ltx2-lora-12gb", "12GB", "64GB", 10.3, 32, marks=pytest.mark.sweep),
+    pytest.param("ltx2-lora-16gb", "16GB", "64GB", 14.5, 32, marks=pytest.mark.sweep),
+    pytest.param("ltx2-lora-12gb", "12GB", "64GB", 10.7, 32, marks=pytest.mark.sweep),
 ]
 
 
