@@ -77,7 +77,7 @@ def weight_only(transformer: nn.Module) -> frozenset[str]:
 def use_weight_only(transformer: nn.Module, names: Collection[str]) -> None:
     """Spare just these of the layers whose format quantises activations."""
     layers = dict(_judged(transformer))
-    assert names <= layers.keys(), "layers that this base does not have, or not in such a format"
+    assert set(names) <= layers.keys(), "layers that this base does not have, or not in such a format"
     for name, layer in layers.items():
         layer.product = STORED if name in names else IN_8_BITS
 
