@@ -19,7 +19,9 @@ from ltxforge.assumed import Elsewhere, machine
 from ltxforge.cards import GIB, typical_card
 from ltxforge.events import ignore
 from ltxforge.facts import ask, places
-from ltxforge.fit import BASE_PRECISIONS, HAIR, Search, budget_of, rates_of
+from ltxforge.fit.search import BASE_PRECISIONS, HAIR, Search, budget_of, rates_of
+from ltxforge.fit.wishes import wishes_of
+from ltxforge.fit.words import describe, gigabytes
 from ltxforge.memory.costs import (
     BlockWork,
     Costs,
@@ -31,8 +33,6 @@ from ltxforge.memory.costs import (
     step_phase,
     step_seconds,
 )
-from ltxforge.memory_wishes import wishes_of
-from ltxforge.memory_words import describe, gigabytes
 from ltxforge.planner import make_plan
 from ltxforge.recipe.parse import load, parse
 from ltxforge.signals import StopRequest

@@ -7,7 +7,7 @@ slower by more than a hair, and quality is given up only where time or memory de
 
 The search goes through base precisions, optimisers, disk and activation offload, and through the number of streamed
 blocks; how many blocks must be computed again is found by halving, because with every block more a step takes less and
-is slower. tests/test_fit.py holds it against going through everything.
+is slower. tests/fit/test_search.py holds it against going through everything.
 """
 
 from __future__ import annotations

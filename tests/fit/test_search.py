@@ -10,7 +10,7 @@ import time
 import pytest
 
 from ltxforge.cards import GIB
-from ltxforge.fit import (
+from ltxforge.fit.search import (
     BASE_PRECISIONS,
     HAIR,
     OPTIMIZERS,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ltxforge.fit import HAIR, Budget, Search, Way
+from ltxforge.fit.search import HAIR, Budget, Search, Way
 from ltxforge.memory.costs import phases
 from ltxforge.plan import MemoryPlan, PhasePlan, StreamPlan
 
