@@ -42,7 +42,11 @@ def pages(length: int) -> Tensor:
     if not length:
         return torch.empty(0, dtype=torch.uint8)
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    return torch.frombuffer(mmap.mmap(-1, length, **private), dtype=torch.uint8)
+    try:
+        mapped = mmap.mmap(-1, length, **private)
+    except OSError as error:  # which would pass for a file's fault
+        raise MemoryError(f"the host has no {length} bytes more: {error.strerror}") from error
+    return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
 def _lock(pointer: int, length: int, device: torch.device) -> bool:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ltxforge.durable import make_folder
 from ltxforge.errors import DiskFullError, LtxforgeError, PlanError, RunError
 from ltxforge.memory.host_buffer import HostBuffer, pages
 from ltxforge.memory.transfers import Transfers
@@ -110,6 +111,8 @@ class DiskStore:
         """
         self._folder, self._device, self._transfers = folder, device, transfers
         try:
+            if not folder.exists() and folder.parent.is_dir():  # `fit` names one in the cache that nobody has made
+                make_folder(folder)
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         except OSError as error:
             raise self._fault("weights cannot be put here", error) from error

@@ -32,7 +32,7 @@ from ltxforge.modalities import Streams, has
 from ltxforge.models.interface import Noisy, NoisyTokens, PromptEmbeddings, VideoModel
 from ltxforge.models.random_weights import prompt_widths, random_model
 from ltxforge.plan import BucketPlan, Plan, PromptPlan
-from ltxforge.quant.formats import FORMATS, why_not
+from ltxforge.quant.formats import FORMATS, NARROW, why_not
 from ltxforge.quant.linear import QuantisedLinear
 from ltxforge.specs import ModelSpec
 
@@ -293,10 +293,10 @@ def _weights(model: VideoModel, spec: ModelSpec, touched: frozenset[int]) -> Wei
 
 
 def _is_large(module: nn.Module, name: str) -> bool:
-    """Whether a tensor is a linear layer's weight, or of a quantised one."""
+    """Whether a tensor is a linear layer's weight, or of a quantised one; narrow ones are never streamed."""
     if isinstance(module, QuantisedLinear):
-        return name in module.stored_names(module.format, module.double)
-    return isinstance(module, nn.Linear) and name == "weight"
+        return name in module.stored_names(module.format, module.double_quant)
+    return isinstance(module, nn.Linear) and name == "weight" and min(module.weight.shape) >= NARROW
 
 
 def _effort(plan: Plan, spec: ModelSpec, bucket: BucketPlan, base: str, traced: Traced) -> Effort:

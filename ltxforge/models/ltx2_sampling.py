@@ -188,7 +188,7 @@ class LTX2Sampler:
 
     def _fits_on_host(self) -> bool:
         """Whether the host has room for the transformer; where it has not, decoding in tiles must do."""
-        return sum(parameter.nbytes for parameter in self.transformer.parameters()) < free_host_bytes()
+        return weight_bytes(self.transformer) < free_host_bytes()
 
     @contextlib.contextmanager
     def _transformer_aside(self) -> Iterator[None]:
@@ -213,6 +213,11 @@ class LTX2Sampler:
                     "the transformer, set aside for a frugal sample, finds no room to come back",
                     remedy="Start the same command again; other programs may have taken the memory.",
                 ) from error
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of all that moves with a module: of a quantised one most are buffers."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def call_arguments(

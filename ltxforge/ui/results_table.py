@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ltxforge.printable import printable
+from ltxforge.suites.memory import OURS
 from ltxforge.ui.text import duration, size
 
 Entry = Mapping[str, Any]
@@ -95,12 +96,23 @@ def encode_row(entry: Entry) -> Row:
 
 
 def memory_row(entry: Entry) -> Row:
-    """What ours and the peers took under the cap, and their steps."""
-    cap = entry["cap_bytes"]
-    cells = {"case": entry["name"], "cap": "none" if cap is None else size(cap)}
+    """What was trained in which precision, what ours and the peers took of card and host under the cap, their steps."""
+    cap, case, planned = entry["cap_bytes"], entry["case"], entry.get("estimated_bytes")
+    base = case.get("base_precision", "bf16")
+    cells = {
+        "case": entry["name"],
+        "clip": case["size"],
+        "base": case["precision"] if base == "bf16" else base,
+        "cap": "none" if cap is None else size(cap),
+    }
     for name, median in entry["medians"].items():
         peaks = entry["peak_bytes"][name]  # a card must hold what is reserved
         cells[f"peak, {name}"] = size(peaks.get("reserved", peaks.get("resident", 0)))
+        if name == OURS and "allocated" in peaks:
+            cells["tensors"] = size(peaks["allocated"])
+            cells["planned"] = "" if planned is None else size(planned)
+        if "reserved" in peaks and "resident" in peaks:
+            cells[f"RAM, {name}"] = size(peaks["resident"])
         cells[f"step, {name}"] = brief(median)
     return cells
 

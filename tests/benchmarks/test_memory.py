@@ -78,7 +78,9 @@ def test_ours_must_fit_and_the_peer_need_not():
     assert fits.outcome == "measured" and fits.faults() == [] and fits.ratios == {}
     assert fits.unavailable == {EAGER_PEER: "out of memory: CUDA out of memory"}
     assert fits.medians == {OURS: 0.5} and fits.peak_bytes[EAGER_PEER]["reserved"] == CAP // 2
-    assert memory_row(fits.entry())["cap"] == "1.0 GB"
+    row = memory_row(fits.entry())
+    assert (row["cap"], row["clip"], row["base"]) == ("1.0 GB", "64x64x9", "fp32")
+    assert row["planned"] == ""
     for ours, told in (
         (answer("out of memory", reason="CUDA out of memory"), "does not fit into 1.00 GB: CUDA out of memory"),
         (answer(reserved=CAP + 10**7), "PyTorch reserved 1.01 GB of 1.00"),
@@ -87,6 +89,16 @@ def test_ours_must_fit_and_the_peer_need_not():
         assert red.outcome == "over the cap" and red.reason == told and red.faults() == [told]
     both = judged(make_case(), CAP, {OURS: answer(), EAGER_PEER: answer(median=1.0)})
     assert both.ratios == {EAGER_PEER: 2.0}
+
+
+def test_a_row_says_what_a_card_and_a_host_need():
+    """And, of ours, what the planner said of the tensors."""
+    peaks = {"allocated": 2 * CAP, "reserved": 3 * CAP, "resident": 5 * CAP}
+    case, each = make_case(base_precision="nf4"), answer(peak_bytes=peaks)
+    row = memory_row(judged(case, 4 * CAP, {OURS: each, EAGER_PEER: each}, 2 * CAP).entry())
+    assert row["base"] == "nf4" and (row["tensors"], row["planned"]) == ("2.0 GB", "2.0 GB")
+    for name in (OURS, EAGER_PEER):
+        assert (row[f"peak, {name}"], row[f"RAM, {name}"], row[f"step, {name}"]) == ("3.0 GB", "5.0 GB", "500 ms")
 
 
 def test_the_cap_is_the_card_less_what_the_desktop_takes():

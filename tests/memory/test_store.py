@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ltxforge.errors import DiskFullError, PlanError, RunError
-from ltxforge.memory.host_buffer import HostBuffer
+from ltxforge.memory.host_buffer import HostBuffer, pages
 from ltxforge.memory.simulated import SimulatedStreams
 from ltxforge.memory.store import DiskStore, HostStore
 from ltxforge.memory.transfers import Plain
@@ -102,6 +102,21 @@ def test_a_fault_in_reading_ahead_shows(tmp_path, monkeypatch):
     first = parked[0, "a.weight"]
     assert not torch.equal(slots[0][: first.nbytes].view(torch.float32).view(first.shape), first)
     store.close()
+
+
+def test_a_folder_is_made_where_its_parent_is_there(tmp_path):
+    """`memory.fit` names one in the cache, and a refusal one to type."""
+    DiskStore(tmp_path / "streamed", CPU, Plain()).close()
+    assert (tmp_path / "streamed").is_dir() and not list((tmp_path / "streamed").iterdir())
+    with pytest.raises(PlanError, match="weights cannot be put here"):
+        DiskStore(tmp_path / "unmounted" / "streamed", CPU, Plain())
+    assert not (tmp_path / "unmounted").exists()
+
+
+def test_memory_that_the_host_has_not_is_told_as_such():
+    """And not as an OSError, which would pass for a fault of ours."""
+    with pytest.raises(MemoryError, match="the host has no 1125899906842624 bytes more"):
+        pages(2**50)
 
 
 def test_buffers_have_pages_of_their_own_and_no_more_than_they_must():

@@ -265,6 +265,19 @@ def test_quantised_weights_weigh_what_their_format_says(base, double):
     assert weights.largest == pytest.approx(stored_bytes(base, 16384, 4096, double), rel=0.001)
 
 
+def test_what_counts_as_streamed_is_what_is_parked():
+    """Of 2.3's layers those that gate heads are too narrow to travel."""
+    spec, memory = TINY["tiny/ltx2.3"], MemoryPlan(stream=streamed(groups(4, 1)))
+    plan = plan_for(spec, SMALL, memory=memory)
+    model, strategy = random_model(spec, CPU, torch.bfloat16, "both"), Strategy(plan, CPU)
+    make_trainable(plan, model, ignore, strategy)
+    gates = model.transformer.transformer_blocks[0].attn1.to_gate_logits.weight
+    assert gates is not None and min(gates.shape) < 64
+    assert strategy.streamer is not None
+    parked = sum(piece.described.nbytes for unit in strategy.streamer.units for piece in unit.pieces)
+    assert spec.blocks * block_work(plan, spec, plan.data.buckets[0]).weights.linear == parked
+
+
 def test_a_modality_that_is_not_trained_lies_idle():
     spec = TINY[BOTH]
     alone, joint = (

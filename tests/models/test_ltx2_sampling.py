@@ -14,11 +14,12 @@ from PIL import Image
 
 from ltxforge.errors import DeviceFullError
 from ltxforge.models.interface import WantedPrompt
-from ltxforge.models.ltx2_sampling import LTX2Sampler
+from ltxforge.models.ltx2_sampling import LTX2Sampler, weight_bytes
 from ltxforge.models.ltx2_tiny import tiny_parts
 from ltxforge.models.ltx2_video import LTX2Video
 from ltxforge.models.vae_tiles import FRUGAL, WHOLE, DecodeTiling
 from ltxforge.plan import PromptPlan
+from ltxforge.quant.linear import QuantisedLinear
 from ltxforge.shapes import ClipShape, tiles_along
 from ltxforge.specs_ltx2 import LTX2_SPECS, LTX2_TINY
 
@@ -289,6 +290,17 @@ def test_another_storage_leaves_parameters_and_their_optimiser_together():
     before = module.weight.detach().clone()
     optimizer.step()
     assert [id(value) for value in module.parameters()] == known and not torch.equal(module.weight, before)
+
+
+def test_a_quantised_transformer_weighs_what_its_buffers_weigh(monkeypatch):
+    """Nearly all of it is no parameter: a host without room for it keeps it on the device and decodes in tiles."""
+    layer = QuantisedLinear.quantise(torch.randn(128, 128), torch.zeros(128), "int8")
+    assert weight_bytes(layer) == 128 * 128 + 128 * 4 + 128 * 4
+    spec = LTX2_TINY["tiny/ltx2"]
+    sampler = LTX2Sampler(spec, layer, tiny_parts(spec), torch.device("cpu"), torch.float32)
+    for free, fits in ((weight_bytes(layer), False), (weight_bytes(layer) + 1, True)):
+        monkeypatch.setattr("ltxforge.models.ltx2_sampling.free_host_bytes", lambda free=free: free)
+        assert sampler._fits_on_host() == fits
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
