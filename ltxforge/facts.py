@@ -16,7 +16,7 @@ from ltxforge.dataset.scan import Clip, enforce_max_rejected, scan
 from ltxforge.digests import FileDigests
 from ltxforge.errors import HubError, LtxforgeError, PlanError, WeightsError
 from ltxforge.events import Emit, Note
-from ltxforge.fit import Asked
+from ltxforge.fit.search import Asked
 from ltxforge.lora.header import ALPHA, describe
 from ltxforge.lora.init_from import LoraFile, digest_of, peft_scale
 from ltxforge.media import demo

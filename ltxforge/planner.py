@@ -17,11 +17,11 @@ from ltxforge_kernels.choice import OPS, QUANTISED_OPS, Kernels
 from ltxforge.errors import PlanError
 from ltxforge.estimates import estimate, sample_bytes
 from ltxforge.exactness import exactness_of
+from ltxforge.fit.choice import Case, CostsOf, Decision, decide
+from ltxforge.fit.wishes import stored_format, wishes_of
 from ltxforge.kernel_choices import asked_for, choose_kernels, used_ops
 from ltxforge.lora.init_from import LoraFile, require_trainable
 from ltxforge.lora.targets import match
-from ltxforge.memory_choice import Case, CostsOf, Decision, decide
-from ltxforge.memory_wishes import stored_format, wishes_of
 from ltxforge.modalities import has
 from ltxforge.moments import MOMENTS
 from ltxforge.plan import (

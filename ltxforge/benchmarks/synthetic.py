@@ -12,9 +12,9 @@ import torch
 from ltxforge_kernels.choice import OPS, QUANTISED_OPS
 
 from ltxforge.dataset.batches import Batch
+from ltxforge.fit.wishes import wishes_of
 from ltxforge.hardware import Hardware, torch_dtype
 from ltxforge.kernel_choices import choose_kernels, used_ops
-from ltxforge.memory_wishes import wishes_of
 from ltxforge.modalities import Streams, has
 from ltxforge.models.interface import VideoModel, to_tokens
 from ltxforge.models.random_weights import random_prompt

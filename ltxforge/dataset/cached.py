@@ -23,7 +23,7 @@ from ltxforge.plan import Plan, SamplePlan, identity
 # Raised by hand when an encoding changes meaning; tests/dataset/test_encode.py holds the values they guard.
 LATENTS_VERSION = 1
 AUDIO_VERSION = 1
-PROMPTS_VERSION = 2
+PROMPTS_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,13 @@ CONTEXT_BYTES = int(0.7 * 2**30)
 """A CUDA context, its libraries and a desktop: the share of a card that no allocator gives (kernels.md 6 measures caps
 so). A margin, in no phase's bytes.
 """
-RESERVED_SHARE = 0.1
-"""What the caching allocator holds beyond the tensors, rounded up to its segments and in pieces: the bound that the
-memory suite of the bench allows, of a phase's bytes. A margin, in no phase's bytes.
+RESERVED_OF_STANDING, RESERVED_OF_MOVING = 0.02, 0.15
+"""What the caching allocator holds beyond the tensors, of what lies there throughout a phase, rounded up to whole
+segments, and of what comes and goes in pieces. Assumptions until a GPU has measured: together below the tenth of a
+phase that the bench's memory suite allows. A margin, in no phase's bytes.
 """
+STANDING = frozenset({"weights", "adapter", "optimizer state", "streamed slots", "VAE"})
+"""The parts of a phase that lie there throughout."""
 CUBLAS_BYTES = 32 * 2**20
 """cuBLAS's workspace on Hopper, taken through the allocator and kept; smaller ones on other chips."""
 HOST_BASELINE = 560 * 2**20
@@ -444,6 +447,13 @@ def _update_seconds(costs: Costs, optimizer: str, rates: Rates) -> float:
     state, paged = costs.moments[optimizer]
     moved = 3 * costs.adapter + 2 * (state - paged)
     return moved / (rates.memory * 1e9) + 2 * paged / (rates.bus * 1e9)
+
+
+def reserved_bytes(phase: PhasePlan) -> int:
+    """What a phase takes of the device with all that the allocator holds for it."""
+    standing = sum(size for name, size in phase.parts.items() if name in STANDING)
+    moving = phase.device_bytes - standing
+    return phase.device_bytes + round(RESERVED_OF_STANDING * standing + RESERVED_OF_MOVING * moving)
 
 
 def compare(estimated: PhasePlan, measured: Mapping[str, int]) -> list[str]:

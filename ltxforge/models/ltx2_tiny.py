@@ -31,7 +31,7 @@ from transformers.audio_utils import mel_filter_bank
 
 from ltxforge.models.audio_features import MelSettings
 from ltxforge.models.ltx2_parts import LTX2Parts
-from ltxforge.models.parts import cast
+from ltxforge.models.parts import cast, cast_weights
 from ltxforge.models.tiny import calibrate, make_byte_tokenizer, placed_again, rounded, seeded
 from ltxforge.specs import ModelSpec
 
@@ -54,7 +54,7 @@ def tiny_parts(spec: ModelSpec) -> LTX2Parts:
         audio_vae=lambda device, dtype: cast(tiny_audio_vae(spec), device, dtype),
         vocoder=lambda device, dtype: cast(tiny_vocoder(spec), device, dtype),
         connectors=lambda device, dtype: cast(tiny_connectors(spec), device, dtype),
-        text_encoder=lambda device, dtype: (cast(tiny_text_encoder(spec), device, dtype), gemma_tokenizer()),
+        text_encoder=lambda device, dtype: (cast_weights(tiny_text_encoder(spec), device, dtype), gemma_tokenizer()),
         scheduler=lambda: FlowMatchEulerDiscreteScheduler(**spec.scheduler_config),
         mel=lambda: MelSettings.from_vae_config(spec.audio_vae_config),
     )

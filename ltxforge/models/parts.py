@@ -21,6 +21,15 @@ def cast(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
     return nn.Module.to(module, device, dtype)
 
 
+def cast_weights(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
+    """`cast` of the parameters alone: tables that a module computes for itself, as of rotary positions, stay exact."""
+    module = nn.Module.to(module, device)
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return module
+
+
 def release_memory(device: torch.device) -> None:
     """Give freed weights back to the device, so that the next part finds the room."""
     gc.collect()

@@ -34,7 +34,7 @@ from ltxforge.digests import FileDigests
 from ltxforge.errors import WeightsError
 from ltxforge.models.formats import is_companion
 from ltxforge.models.layout_ltx2 import PACKED_TOKENIZER, language_model, packed_config
-from ltxforge.models.parts import cast
+from ltxforge.models.parts import cast_weights
 from ltxforge.models.quantised_encoders import NOT_QUANTISED, fill_quantised, markers
 from ltxforge.models.tensors import DTYPES, NAMED_IN_ERRORS, read_tensor, read_tensors
 from ltxforge.models.trees import LocalTree, whole_header
@@ -121,7 +121,7 @@ def _from_folder(
     module = _built(
         kind, folder, str(folder), dtype, local_files_only=True, use_safetensors=True, device_map={"": str(device)}
     )
-    return cast(module, device, dtype)
+    return cast_weights(module, device, dtype)
 
 
 def _built(kind: type[PreTrainedModel], source: Path | None, where: str, dtype: torch.dtype, **settings: Any) -> Any:
@@ -160,7 +160,7 @@ def _packed_gemma(path: Path, header: Header, device: torch.device, dtype: torch
         return fill_quantised(module, path, {name: part.names[name] for name in told}, device, dtype, precision)
     wanted = {original: name for name, original in language_model(header).names.items()}
     tensors = {wanted[name]: value for name, value in read_tensors(path, wanted, device, dtype)}
-    return cast(_packed_model(header, tensors, dtype, str(path)), device, dtype)
+    return cast_weights(_packed_model(header, tensors, dtype, str(path)), device, dtype)
 
 
 def _packed_model(

@@ -19,6 +19,7 @@ from ltxforge.models.load import load_model
 from ltxforge.models.ltx2_video import LTX2Video
 from ltxforge.models.sources import spec_of
 from ltxforge.models.tensors import fill
+from ltxforge.models.text_encoders import _gemma_class, load_gemma
 from ltxforge.quant.keep import Keep
 from ltxforge.specs import TINY
 
@@ -263,3 +264,24 @@ def test_built_in_text_encoders_serve_files_of_their_size(ltx2_file):
     assert spec_of(plan).connectors_config == TINY["tiny/ltx2"].connectors_config
     with pytest.raises(WeightsError, match="is a Gemma 4"):
         plan_model(base=str(ltx2_file()), version="2.0-dev", text_encoder="tiny/ltx2.5")
+
+
+@pytest.mark.parametrize("name", ["tiny/ltx2", "tiny/ltx2.5"])
+def test_a_text_encoder_in_bf16_is_transformers_own(tiny_folder, packed_gemma, name):
+    """Rotary positions stay in float32: rounded to bf16 they are off by whole tokens further down a caption."""
+    folder = tiny_folder(name) / "text_encoder"
+    kind = _gemma_class(folder)
+    stock = kind.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True).eval()
+    sources = [
+        (folder, tiny_folder(name) / "tokenizer"),
+        *([(packed_gemma, packed_gemma)] if name.endswith("5") else []),
+    ]
+    words = torch.arange(5, 200)[None]
+    with torch.no_grad():
+        expected = stock.model(words).last_hidden_state
+        for encoder, tokenizer in sources:
+            ours, _ = load_gemma(encoder, tokenizer, CPU, torch.bfloat16)
+            assert torch.equal(ours.model(words).last_hidden_state, expected)
+            assert all(each.dtype == torch.bfloat16 for each in ours.parameters())
+    rotary = [each for each, _ in ours.named_buffers() if "inv_freq" in each]
+    assert rotary and all(ours.get_buffer(each).dtype == torch.float32 for each in rotary)

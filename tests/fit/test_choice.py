@@ -171,7 +171,7 @@ def test_weights_that_come_quantised_stay_so_unless_the_recipe_says_otherwise():
 
 def test_a_run_that_goes_on_keeps_its_precision_and_its_optimiser_and_plans_the_rest_anew():
     text = f'{RECIPE}[memory]\nfit = "auto"\n'
-    small = plan_for(text, card(4.2, 10))
+    small = plan_for(text, card(4.1, 10))
     assert (small.memory.base_precision, small.optimizer.name) == ("int8", "adamw8bit") and small.memory.stream
     large = plan_for(text, card(80), previous=small)
     assert large.memory.base_precision == "int8" and large.memory.stream is None

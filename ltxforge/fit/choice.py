@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from ltxforge.cards import card_of
 from ltxforge.errors import PlanError
-from ltxforge.fit import CPU_RATES, UNLIMITED, Asked, Budget, Search, Way, rates_of, recomputed_blocks
+from ltxforge.fit.remedies import Remedy, axes_of, changed, remedies
+from ltxforge.fit.search import CPU_RATES, UNLIMITED, Asked, Budget, Search, Way, rates_of, recomputed_blocks
+from ltxforge.fit.wishes import GPUS, STREAMED_FOLDER, budget_for, memory_remarks, wishes_of
+from ltxforge.fit.words import too_large, words_on
 from ltxforge.memory.combinations import refusal
 from ltxforge.memory.costs import Costs, Rates, phases, precision_key
-from ltxforge.memory_wishes import GPUS, STREAMED_FOLDER, budget_for, memory_remarks, wishes_of
-from ltxforge.memory_words import too_large, words_on
 from ltxforge.plan import MemoryPlan, PhasePlan, Plan
 from ltxforge.recipe.schema import Recipe, parse_capacity
-from ltxforge.remedies import Remedy, axes_of, changed, remedies
 from ltxforge.specs import ModelSpec
 
 if TYPE_CHECKING:

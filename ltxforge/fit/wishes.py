@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ltxforge.errors import PlanError
-from ltxforge.fit import BASE_PRECISIONS, OPTIMIZERS, TEXT_ENCODERS, UNLIMITED, Asked, Budget, budget_of
+from ltxforge.fit.search import BASE_PRECISIONS, OPTIMIZERS, TEXT_ENCODERS, UNLIMITED, Asked, Budget, budget_of
 from ltxforge.memory.combinations import remarks
 from ltxforge.memory.units import groups, spread
 from ltxforge.plan import MemoryPlan, ModelPlan, Plan, StreamPlan, every_nth

@@ -7,7 +7,7 @@ slower by more than a hair, and quality is given up only where time or memory de
 
 The search goes through base precisions, optimisers, disk and activation offload, and through the number of streamed
 blocks; how many blocks must be computed again is found by halving, because with every block more a step takes less and
-is slower. tests/test_fit.py holds it against going through everything.
+is slower. tests/fit/test_search.py holds it against going through everything.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from itertools import product
 from ltxforge.cards import Card
 from ltxforge.memory.costs import (
     CONTEXT_BYTES,
-    RESERVED_SHARE,
     Costs,
     Rates,
     load_phase,
     phases,
     reading_phases,
+    reserved_bytes,
     sample_phases,
     save_phase,
     step_phase,
@@ -58,6 +58,7 @@ class Budget:
     """Bytes that the phases of a run may take, margins taken off; `device` is None where it shares the host's memory.
 
     `step_host` bounds the host's part of a step. `whole_device` and `whole_host` are what there is with the margins.
+    `reserves` counts with a phase what the allocator holds beyond its tensors.
     """
 
     device: int | None
@@ -65,6 +66,7 @@ class Budget:
     step_host: int = UNLIMITED
     whole_device: int = 0
     whole_host: int = 0
+    reserves: bool = False
 
     def host_for(self, phase: PhasePlan) -> int:
         """What a phase may take of the host's memory."""
@@ -78,12 +80,16 @@ class Budget:
     def hard(self) -> Budget:
         """What no run gets past: without the allocator's margin and the system's."""
         device = None if self.device is None else max(0, self.whole_device - CONTEXT_BYTES)
-        return replace(self, device=device, host=self.whole_host, step_host=UNLIMITED)
+        return replace(self, device=device, host=self.whole_host, step_host=UNLIMITED, reserves=False)
+
+    def on_device(self, phase: PhasePlan) -> int:
+        """What a phase takes of the device."""
+        return reserved_bytes(phase) if self.reserves else phase.device_bytes
 
     def excess(self, phase: PhasePlan) -> int:
         """By how many bytes a phase is too large, on the device or on the host; below 0 what is left."""
         on_host = phase.host_bytes - self.host_for(phase)
-        return on_host if self.device is None else max(on_host, phase.device_bytes - self.device)
+        return on_host if self.device is None else max(on_host, self.on_device(phase) - self.device)
 
 
 def rates_of(card: Card) -> Rates:
@@ -105,8 +111,8 @@ def budget_of(device: int, host: int, *, shared: bool) -> Budget:
     free = max(0, host - SYSTEM_BYTES)
     if shared:
         return Budget(None, min(free, device) if device else free, whole_host=host)
-    own = round(max(0, device - CONTEXT_BYTES) / (1 + RESERVED_SHARE))
-    return Budget(own, free, round(PINNED_SHARE * host), device, host)
+    own = max(0, device - CONTEXT_BYTES)
+    return Budget(own, free, round(PINNED_SHARE * host), device, host, reserves=True)
 
 
 @dataclass(frozen=True)
@@ -382,7 +388,7 @@ class Search:
         on_host = max(phase.host_bytes - self.budget.host_for(phase) for phase in found)
         if self.budget.device is None:
             return -1, on_host
-        return max(phase.device_bytes for phase in found) - self.budget.device, on_host
+        return max(map(self.budget.on_device, found)) - self.budget.device, on_host
 
     def _finished(self, way: Way) -> Way:
         """The way with samples decoded in the first manner that fits."""

@@ -14,7 +14,7 @@ from functools import cache
 from itertools import combinations
 from typing import Any
 
-from ltxforge.fit import BASE_PRECISIONS, TEXT_ENCODERS
+from ltxforge.fit.search import BASE_PRECISIONS, TEXT_ENCODERS
 from ltxforge.media.buckets import bucket_sizes
 from ltxforge.plan import Plan
 from ltxforge.recipe.schema import Recipe, parse_size

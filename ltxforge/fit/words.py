@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ltxforge.fit import HAIR, Budget, Search, Way
+from ltxforge.fit.search import HAIR, Budget, Search, Way
 from ltxforge.memory.costs import phases
 from ltxforge.plan import MemoryPlan, PhasePlan, StreamPlan
 
@@ -94,7 +94,7 @@ def too_large(search_budget: Budget, phase: PhasePlan) -> str:
     parts = sorted(phase.parts.items(), key=lambda part: -part[1])[:LARGEST_PARTS]
     told = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts)
     on_host = search_budget.device is None or phase.host_bytes - search_budget.host_for(phase) > max(
-        0, phase.device_bytes - search_budget.device
+        0, search_budget.on_device(phase) - search_budget.device
     )
     if on_host:
         return (
@@ -102,7 +102,7 @@ def too_large(search_budget: Budget, phase: PhasePlan) -> str:
             f" {gigabytes(search_budget.host_for(phase))}"
         ) + (f": {told}" if search_budget.device is None else "")
     return (
-        f"{phase.name} would take {gigabytes(phase.device_bytes)} on the device, of which a run may have"
+        f"{phase.name} would take {gigabytes(search_budget.on_device(phase))} on the device, of which a run may have"
         f" {gigabytes(search_budget.device or 0)}: {told}"
     )
 
@@ -127,6 +127,6 @@ def _binding(search: Search, way: Way) -> PhasePlan:
 
 
 def _taken(budget: Budget, phase: PhasePlan) -> int:
-    if budget.device is None or phase.host_bytes - budget.host_for(phase) > phase.device_bytes - budget.device:
+    if budget.device is None or phase.host_bytes - budget.host_for(phase) > budget.on_device(phase) - budget.device:
         return phase.host_bytes
-    return phase.device_bytes
+    return budget.on_device(phase)
