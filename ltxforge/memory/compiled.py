@@ -29,7 +29,12 @@ class CompiledBlocks:
         self._backend = backend
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
         self._layers: dict[nn.Module, list[LoraLinear]] = {}
-        _allow(graphs + SPARE_GRAPHS)
+        self._graphs = graphs
+        self.allow_kinds(1)
+
+    def allow_kinds(self, kinds: int) -> None:
+        """Blocks may be of so many kinds: of a quantised base each may have other layers that stay as they were."""
+        _allow(self._graphs * kinds + SPARE_GRAPHS)
 
     def of(self, forward: Callable[..., Result]) -> Callable[..., Result]:
         """The compiled forward, to be called as `forward` is."""

@@ -88,6 +88,8 @@ class Strategy:
         if self._memory.offload_activations:
             self.offload = ActivationOffload(self._device, len(blocks) - 1, self._transfers, self._least_bytes)
         model.run_block = self.run_block
+        if self.compiled is not None and self._memory.base_precision != "bf16":
+            self.compiled.allow_kinds(len(blocks))
         model.make_room = self.make_room
 
     def make_room(self) -> None:

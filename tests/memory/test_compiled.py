@@ -18,6 +18,8 @@ from ltxforge import trainer
 from ltxforge.dataset.batches import Batch
 from ltxforge.events import ignore
 from ltxforge.lora.inject import adapter_parameters
+from ltxforge.memory import compiled
+from ltxforge.memory import strategy as strategies
 from ltxforge.memory.compiled import SPARE_GRAPHS
 from ltxforge.memory.graphs import block_graphs
 from ltxforge.memory.strategy import Strategy
@@ -28,6 +30,7 @@ from ltxforge.models.ltx2_video import LTX2Video
 from ltxforge.models.ltx_video import LTXVideo
 from ltxforge.optim import Optimizer
 from ltxforge.plan import BucketPlan, MemoryPlan, Plan, StreamPlan, TrainingPlan
+from ltxforge.quant.guard import use_weight_only
 from ltxforge.session import adapt
 from ltxforge.shapes import ClipShape
 from ltxforge.specs import TINY
@@ -150,6 +153,24 @@ def test_each_shape_is_a_graph_and_more_than_dynamo_allows_by_itself_are_compile
     steps(VIDEO, plan, backend, [*batches, *batches], blocks=1)
     assert backend.graphs == len(batches) == 9
     assert torch._dynamo.config.recompile_limit == block_graphs(plan) + SPARE_GRAPHS
+
+
+def test_blocks_of_a_quantised_base_may_each_be_of_another_kind(plan_maker, monkeypatch):
+    """Which layers keep their activations whole is measured, and may differ from block to block."""
+    monkeypatch.setattr(compiled, "SPARE_GRAPHS", 0)
+    monkeypatch.setattr(strategies, "block_graphs", lambda _plan: 1)
+    torch._dynamo.config.recompile_limit = 1
+    plan, counted = compiling(VIDEO, plan_maker, MemoryPlan(base_precision="int8-w8a8")), Counting()
+    spec = TINY[VIDEO]
+    model, strategy = (
+        LTXVideo(spec, spec.rope, tiny.tiny_parts(spec), CPU, torch.float32),
+        Strategy(plan, CPU, backend=counted),
+    )
+    adapt(plan, model, ignore, strategy)
+    use_weight_only(model.transformer, {"transformer_blocks.1.ff.net.2", "transformer_blocks.2.attn1.to_q"})
+    trainer.forward(plan, model, make_batch(VIDEO), 5, 0)
+    assert counted.graphs == 3
+    strategy.close()
 
 
 def test_an_update_reaches_the_next_compiled_forward(plan_maker):
