@@ -18,6 +18,7 @@ MEASURE = """
 import json, pathlib, sys, torch
 from ltxforge.models.detect import plan_model
 from ltxforge.models.load import load_model
+from ltxforge.quant.keep import Keep
 
 def memory(what):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
@@ -29,7 +30,8 @@ part = getattr(model._parts, sys.argv[2])
 torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
 pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before = memory("VmRSS")
-module = part(torch.device("cpu"), torch.bfloat16)
+place = (torch.device("cpu"), torch.bfloat16)
+module = part(Keep(*place)) if sys.argv[2] == "transformer" else part(*place)
 module = module[0] if isinstance(module, tuple) else module
 held = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 print(json.dumps({"peak": memory("VmHWM") - before, "held": held}))
