@@ -6,14 +6,16 @@ Holds transformer and adapter, batches, optimiser and directory together; when i
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ltxforge import __version__
 from ltxforge.checkpoint import Checkpoints
-from ltxforge.dataset.batches import Batches
+from ltxforge.dataset.batches import Batch, Batches
 from ltxforge.dataset.cache import Cache
 from ltxforge.dataset.cached import CachedData, read_prompt, validation_prompts
 from ltxforge.dry_run import dry_run
@@ -85,6 +87,30 @@ def adapt(plan: Plan, model: VideoModel, emit: Emit, strategy: Strategy | None =
     model.decode_tiling = DecodeTiling(plan.memory.decode_tile, plan.memory.decode_frames)
 
 
+def judge_products(plan: Plan, model: VideoModel, first: Callable[[], Batch], emit: Emit) -> bool:
+    """Of a base that multiplies in 8 bits, have the layers that lose too much by it on a run's first batch keep their
+    activations whole.
+
+    Returns:
+        Whether any product was judged: there is nothing to judge in other formats, nor where a device makes weights
+        whole instead.
+    """
+    format = FORMATS.get(plan.memory.base_precision)
+    if format is None or not format.quantises_activations:
+        return False
+    verdicts = judge_activations(model.transformer, lambda: forward(plan, model, first(), 1, 0))
+    told = f"{sum(each.quantised for each in verdicts)} of {len(verdicts)} layers multiply in 8 bits"
+    if spared := [each for each in verdicts if not each.quantised]:
+        worst = min(spared, key=_left)
+        told += f"; the others would lose too much, {worst.layer} most of all ({_left(worst):.1f} dB left)"
+    emit(Note(told))
+    return any(math.isfinite(each.sqnr) for each in verdicts)
+
+
+def _left(verdict: ActivationVerdict) -> float:
+    return min(verdict.sqnr, verdict.differing)
+
+
 @dataclass
 class Session:
     """A run that is ready to train: saves, samples and finishes where the plan says so."""
@@ -100,6 +126,7 @@ class Session:
     strategy: Strategy
     start: int = 0
     saved: int = 0
+    judged: bool = False
 
     def __post_init__(self) -> None:
         self.home = RunDirectory(Path(self.plan.directory))
@@ -119,7 +146,7 @@ class Session:
         saved = self.checkpoints.newest()
         if saved is None:
             self.begin()
-            self.judge_products()
+            self.judged = judge_products(self.plan, self.model, lambda: self.batches.load(1, 0), self.emit)
             return
         if saved.facts.get("plan") != self.plan.identity_digest():
             raise RunError(
@@ -129,23 +156,11 @@ class Session:
         load_adapter(self.model.transformer, saved.adapter)
         self.optimizer.load_state(saved.optimizer)
         use_weight_only(self.model.transformer, saved.facts.get("weight_only", ()))
+        self.judged = saved.facts.get("judged", False)
+        if not self.judged:  # on a device that multiplies no fp8 there was nothing to judge
+            self.judged = judge_products(self.plan, self.model, lambda: self.batches.load(1, 0), self.emit)
         self.start = self.saved = saved.step
         self.emit(Resumed(saved.step, str(saved.path), saved.refused))
-
-    def judge_products(self) -> None:
-        """Of a base that multiplies in 8 bits, have the layers that lose too much by it on the run's first batch keep
-        their activations whole. A run that goes on has them from its checkpoint.
-        """
-        format = FORMATS.get(self.plan.memory.base_precision)
-        if format is None or not format.quantises_activations or self.plan.steps == 0:
-            return
-        first = self.batches.load(1, 0)
-        verdicts = judge_activations(self.model.transformer, lambda: forward(self.plan, self.model, first, 1, 0))
-        told = f"{sum(each.quantised for each in verdicts)} of {len(verdicts)} layers multiply in 8 bits"
-        if spared := [each for each in verdicts if not each.quantised]:
-            worst = min(spared, key=_left)
-            told += f"; the others would lose too much, {worst.layer} most of all ({_left(worst):.1f} dB left)"
-        self.emit(Note(told))
 
     def close(self) -> None:
         """Let go of the weights that wait outside of the device."""
@@ -206,8 +221,7 @@ class Session:
         """A checkpoint of this step; a step that is saved already stays as it is."""
         began = time.monotonic()
         facts: dict[str, Any] = {"plan": self.plan.identity_digest(), "attempt": self.attempt, "ltxforge": __version__}
-        if spared := weight_only(self.model.transformer):
-            facts["weight_only"] = sorted(spared)
+        facts |= {"weight_only": sorted(weight_only(self.model.transformer)), "judged": self.judged}
         adapter = adapter_parameters(self.model.transformer)
         path = self.checkpoints.save(
             step, adapter, self.optimizer.state(), lambda target: self.export(target, step), facts
@@ -243,7 +257,3 @@ class Session:
         dtype = self.model.text_dtype
         prompts = {wanted.text: read_prompt(plan, self.cache, wanted, dtype) for wanted in validation_prompts(plan)}
         validate(plan, self.model, prompts, step, self.home.samples, self.emit, self.stop)
-
-
-def _left(verdict: ActivationVerdict) -> float:
-    return min(verdict.sqnr, verdict.differing)

@@ -31,7 +31,7 @@ from ltxforge.models.random_weights import empty_transformer, random_model
 from ltxforge.optim import Optimizer
 from ltxforge.plan import MemoryPlan, Plan
 from ltxforge.randomness import address
-from ltxforge.session import make_trainable
+from ltxforge.session import judge_products, make_trainable
 from ltxforge.shapes import ClipShape
 from ltxforge.signals import StopRequest
 from ltxforge.specs import ModelSpec
@@ -105,6 +105,7 @@ def step_gates(case: TrainingCase, plan: Plan, hardware: Hardware) -> list[Gate]
     plan = dataclasses.replace(plan, training=training, memory=memory)
     model, _ = trainable(plan, case, spec, device)
     batch = synthetic_batch(case, model)
+    judge_products(plan, model, lambda: batch, ignore)
     load_adapter(model.transformer, adapted(model.transformer))
     ours = our_step(plan, model, batch)
     reference = stock_step(plan, model, spec, batch, torch.float32)

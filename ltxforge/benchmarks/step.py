@@ -43,7 +43,7 @@ from ltxforge.models.interface import Noisy, NoisyTokens
 from ltxforge.models.parts import release_memory
 from ltxforge.models.random_weights import empty_transformer, random_model
 from ltxforge.plan import MemoryPlan, Plan
-from ltxforge.session import make_trainable
+from ltxforge.session import judge_products, make_trainable
 from ltxforge.signals import StopRequest
 from ltxforge.suites.case import Gate
 from ltxforge.suites.step import COMPILED_PEER, NF4_PEER, PeerStep, StepCase, StepResult, TrainingCase
@@ -155,6 +155,7 @@ class Ours:
         self.model = random_model(case.spec, device, torch_dtype(case.precision), case.trained)
         self.optimizer = make_trainable(plan, self.model, ignore)
         self.batch = synthetic_batch(case, self.model)
+        judge_products(plan, self.model, lambda: self.batch, ignore)
         self.watch = StepWatch(device)
         self.losses: list[float] = []
 

@@ -49,6 +49,7 @@ def wishes_of(
     base = memory.base_precision or (previous.memory.base_precision if previous else stored or None)
     double = previous.memory.double_quant if previous and base == "nf4" and not memory.base_precision else True
     double = double if memory.double_quant is None else memory.double_quant
+    text = memory.text_encoder_precision or (previous.memory.text_encoder_precision if previous else None)
     again = _recomputes(recipe, hardware)
     tiles = _tiles(recipe, spec)
     on_gpu = hardware.kind in GPUS
@@ -57,7 +58,7 @@ def wishes_of(
         base_precision=base or "bf16",
         double_quant=base == "nf4" and double,
         quantise_on=memory.quantise_on,
-        text_encoder_precision=memory.text_encoder_precision or "bf16",
+        text_encoder_precision=text or "bf16",
         stream=stream,
         offload_activations=bool(memory.offload_activations),
         decode_tile=tiles[0][0],
@@ -70,9 +71,7 @@ def wishes_of(
         plain,
         base_precisions=BASE_PRECISIONS if fits and base is None else (plain.base_precision,),
         optimizers=_optimizers(recipe, hardware, previous),
-        text_encoders=TEXT_ENCODERS if fits and memory.text_encoder_precision is None else (
-            plain.text_encoder_precision,
-        ),
+        text_encoders=TEXT_ENCODERS if fits and text is None else (plain.text_encoder_precision,),
         streams=unsaid and on_gpu,
         overlapped=_overlapped(recipe, hardware),
         disks=("", str(Path(cache_directory, STREAMED_FOLDER))) if fits and on_gpu and not disk else (disk,),

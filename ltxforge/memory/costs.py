@@ -22,8 +22,7 @@ so). A margin, in no phase's bytes.
 """
 RESERVED_OF_STANDING, RESERVED_OF_MOVING = 0.02, 0.15
 """What the caching allocator holds beyond the tensors, of what lies there throughout a phase, rounded up to whole
-segments, and of what comes and goes in pieces. Assumptions until a GPU has measured: together below the tenth of a
-phase that the bench's memory suite allows. A margin, in no phase's bytes.
+segments, and of what comes and goes in pieces. Assumptions until a GPU has measured. A margin, in no phase's bytes.
 """
 STANDING = frozenset({"weights", "adapter", "optimizer state", "streamed slots", "VAE"})
 """The parts of a phase that lie there throughout."""

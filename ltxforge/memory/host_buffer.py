@@ -46,6 +46,8 @@ def pages(length: int) -> Tensor:
         mapped = mmap.mmap(-1, length, **private)
     except OSError as error:  # which would pass for a file's fault
         raise MemoryError(f"the host has no {length} bytes more: {error.strerror}") from error
+    if hasattr(mmap, "MADV_DONTFORK"):  # a child's copy on write would leave the device reading the parent's old pages
+        mapped.madvise(mmap.MADV_DONTFORK)
     return torch.frombuffer(mapped, dtype=torch.uint8)
 
 

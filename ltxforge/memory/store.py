@@ -31,7 +31,7 @@ Key = tuple[int, str]
 Contents = Sequence[tuple[Key, int]]
 # Starts a copy from host bytes; gives what can be waited for.
 StartCopy = Callable[[Tensor], Any]
-NOT_LOCKED = "host memory could not be locked for the device's copies: streamed weights come more slowly (`ulimit -l`)"
+NOT_LOCKED = "host memory could not be locked for the device's copies: streamed weights come more slowly"
 
 
 class Store(Protocol):

@@ -290,9 +290,11 @@ class Streamer:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if self._ring is not None:
-            self._ring.clear()
-        self._store.close()
+        try:
+            if self._ring is not None:
+                self._ring.clear()
+        finally:  # a disk that failed in reading fails once more when what it reads is waited for
+            self._store.close()
 
 
 def layer_of(key: Key) -> tuple[int, str]:

@@ -175,6 +175,7 @@ def test_a_run_that_goes_on_keeps_its_precision_and_its_optimiser_and_plans_the_
     assert (small.memory.base_precision, small.optimizer.name) == ("int8", "adamw8bit") and small.memory.stream
     large = plan_for(text, card(80), previous=small)
     assert large.memory.base_precision == "int8" and large.memory.stream is None
+    assert large.memory.text_encoder_precision == small.memory.text_encoder_precision != "bf16", "captions keep bits"
     assert large.optimizer.name == small.optimizer.name and large.identity_digest() == small.identity_digest()
     fresh = plan_for(text, card(80))
     assert (fresh.memory.base_precision, fresh.optimizer.name) == ("bf16", "adamw")
