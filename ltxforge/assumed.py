@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ltxforge.cards import CARDS, known_card, typical_card
+from ltxforge.cards import CARDS, cards_called, known_card, typical_card
 from ltxforge.dataset.scan import Clip
 from ltxforge.digests import NoDigests
 from ltxforge.errors import HubError, LtxforgeError, PlanError, WeightsError
@@ -26,7 +26,7 @@ from ltxforge.models.published import published_model
 from ltxforge.models.sources import open_tree, parse_source
 from ltxforge.plan import ModelPlan
 from ltxforge.recipe.rules import BUILTIN_DATASETS
-from ltxforge.recipe.schema import Dataset, Prompt, Recipe, parse_capacity, parse_size
+from ltxforge.recipe.schema import Dataset, Prompt, Recipe, parse_size
 from ltxforge.shapes import ClipShape
 from ltxforge.signals import StopRequest
 from ltxforge.specs import ModelSpec
@@ -35,44 +35,55 @@ from ltxforge.validation.prompts import PromptEntry
 USUAL_RAM = "32GB"
 # Of an English caption that says what is seen and how: a hundred words.
 CAPTION_LETTERS = 500
-_SIZE = re.compile(r"\d{1,5}(?:\.\d{1,3})?\s*(?:GB|GiB|MB|MiB)", re.IGNORECASE)
+_SIZE = re.compile(r"(?<![\w.])(\d{1,5}(?:\.\d{1,3})?)\s*([MGT])(?:i?B)?(?!\w)", re.IGNORECASE)
+_BARE_NUMBER = re.compile(r"\s*\d{1,3}(?:\.\d{1,3})?\s*")
+_UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def machine(gpu: str, ram: str | None) -> Hardware:
-    """The machine of `--gpu` ("16GB", "RTX 4090", "V100 32GB") and `--ram` ("32GB", the default).
+    """The machine of `--gpu` ("16GB", "RTX 4090", "V100 32GB", 4090) and `--ram` ("32GB", the default).
 
     Raises:
         PlanError: a card that is not known, or an amount that is none.
     """
-    host = _bytes("--ram", ram or USUAL_RAM)
+    host = _host(ram or USUAL_RAM)
     size = _SIZE.search(gpu)
-    memory = _bytes("--gpu", size[0]) if size else 0
-    if size and not _SIZE.sub("", gpu).strip():
+    memory = _bytes("--gpu", size) if size else 0
+    name = _SIZE.sub("", gpu).strip()
+    if size and not name:
         card = typical_card(memory)
         return assumed(f"a card of {_gib(memory)}, like {card.name}", card.arch, memory, host)
-    card = known_card(gpu, memory)
+    meant = cards_called(name)
+    card = known_card(meant[0] if len(meant) == 1 else name, memory)
     if card is None:
-        raise _unknown(gpu)
+        raise _unknown(gpu, name, meant)
     return assumed(card.name, card.arch, memory or card.memory_bytes, host)
 
 
-def _bytes(option: str, text: str) -> int:
+def _host(ram: str) -> int:
+    size = _SIZE.fullmatch(ram.strip())
+    if size is None:
+        hint = f"Did you mean {ram.strip()}GB?" if _BARE_NUMBER.fullmatch(ram) else "Write it as in 64GB."
+        raise PlanError(f"--ram {ram!r} is no amount of memory", remedy=hint)
+    return _bytes("--ram", size)
+
+
+def _bytes(option: str, size: re.Match[str]) -> int:
     """Capital letters or not, as people type it."""
-    try:
-        found = parse_capacity(re.sub(r"(?i)(g|m)(i?)b", lambda unit: unit[1].upper() + unit[2].lower() + "B", text))
-    except ValueError as error:
-        raise PlanError(f"{option} {text!r} {error}") from None
+    found = round(float(size[1]) * _UNITS[size[2].upper()])
     if not found:
-        raise PlanError(f"{option} {text!r} is no memory at all")
+        raise PlanError(f"{option} {size[0]!r} is no memory at all")
     return found
 
 
-def _unknown(gpu: str) -> PlanError:
-    names = list(dict.fromkeys(card.name for card in CARDS))
-    lower = {name.lower(): name for name in names}
-    near = [lower[name] for name in difflib.get_close_matches(gpu.lower(), lower, n=3, cutoff=0.5)]
-    hint = f"Did you mean {' or '.join(near)}? " if near else f"There are {', '.join(names)}. "
-    return PlanError(f"--gpu {gpu!r} is no card that ltxforge knows", remedy=f"{hint}A size will do too: --gpu 16GB.")
+def _unknown(gpu: str, name: str, meant: Sequence[str]) -> PlanError:
+    if _BARE_NUMBER.fullmatch(gpu):
+        return PlanError(f"--gpu {gpu!r} is no card and no amount of memory", remedy=f"Did you mean {gpu.strip()}GB?")
+    lower = {card.name.lower(): card.name for card in CARDS}
+    near = meant or [lower[each] for each in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
+    nearest = [lower[each] for each in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.0)]
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Nearest in name are {', '.join(nearest)}."
+    return PlanError(f"--gpu {gpu!r} is no card that ltxforge knows", remedy=f"{hint} A size will do too: --gpu 16GB.")
 
 
 class Elsewhere(World):

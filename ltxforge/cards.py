@@ -99,7 +99,9 @@ CARDS: tuple[Card, ...] = (
         A100|80|312|19.5|624|2039
     """),
     *_nvidia(86, PCIE_4, """
+        RTX 3050 Laptop|4|14.3|7.1|57|192|12
         RTX 3050|8|18.2|9.1|73|224|12
+        RTX 3060 Laptop|6|26.2|13.1|105|336
         RTX 3060|12|25.5|12.7|102|360
         RTX 3060 Ti|8|32.4|16.2|130|448
         RTX 3070|8|40.6|20.3|163|448
@@ -158,29 +160,40 @@ CARDS: tuple[Card, ...] = (
     Card("RX 7900 XTX", 24, "gfx1100", 122.8, 122.8, 61.4, 122.8, 0.0, 960, PCIE_4),
 )  # fmt: skip
 
-# Whose rates stand for a card of which only the memory is known: what many have, not what is best. GiB → name.
+# Whose rates stand for a card of which only the memory is known: what many have, not what is best, with bf16 units, so
+# that nobody gets a plan in fp32 who named no card. GiB → name.
 _TYPICAL = {
-    6: "RTX 2060", 8: "RTX 4060", 10: "RTX 3080", 11: "RTX 2080 Ti", 12: "RTX 4070", 16: "RTX 4080", 24: "RTX 4090",
-    32: "RTX 5090", 48: "RTX 6000 Ada", 64: "MI210", 80: "H100", 96: "RTX PRO 6000", 141: "H200", 180: "B200",
-    192: "MI300X",
+    4: "RTX 3050 Laptop", 6: "RTX 3060 Laptop", 8: "RTX 4060", 10: "RTX 3080", 12: "RTX 4070", 16: "RTX 4080",
+    24: "RTX 4090", 32: "RTX 5090", 48: "RTX 6000 Ada", 64: "MI210", 80: "H100", 96: "RTX PRO 6000", 141: "H200",
+    180: "B200", 192: "MI300X",
 }  # fmt: skip
+
+
+_MAKERS = frozenset({"nvidia", "geforce", "tesla", "amd", "instinct", "radeon"})
 
 
 def known_card(name: str, memory_bytes: int = 0) -> Card | None:
     """The card whose name stands in what a driver or a user calls it, or None.
 
     The longest name wins ("RTX 4070 Ti" is no RTX 4070), and of equal ones the nearest memory. Cards of notebooks share
-    names with others and are not known.
+    names with others; those are known whose row says so.
     """
     words = f" {' '.join(_words(name))} "
-    if " laptop " in words or " max q " in words or " mobile " in words:
+    if " max q " in words or " mobile " in words:
         return None
-    found = [card for card in CARDS if f" {' '.join(_words(card.name))} " in words]
+    named = (card for card in CARDS if f" {' '.join(_words(card.name))} " in words)
+    found = [card for card in named if (" laptop " in words) == card.name.endswith(" Laptop")]
     if not found:
         return None
     longest = max(len(card.name) for card in found)
     size = memory_bytes / GIB
     return min((c for c in found if len(c.name) == longest), key=lambda c: abs(c.memory_gib - size) if size else 0)
+
+
+def cards_called(name: str) -> list[str]:
+    """The names of cards that a user may mean, however they are spaced: `"rtx4090"`, `"4090"`, `"GeForce 4070ti"`."""
+    typed = "".join(word for word in _words(name) if word not in _MAKERS)
+    return list(dict.fromkeys(card.name for card in CARDS if typed in _short_forms(card.name)))
 
 
 def typical_card(memory_bytes: int) -> Card:
@@ -202,6 +215,12 @@ def card_of(name: str, memory_bytes: int, arch: int | str | None) -> Card:
     size = memory_bytes / GIB
     like = min(alike, key=lambda card: (abs(card.memory_gib - size), card.bf16, card.fp16))
     return dataclasses.replace(like, memory_gib=size, assumed=True)
+
+
+def _short_forms(name: str) -> list[str]:
+    """`"RTX 4070 Ti"` → rtx4070ti, 4070ti, ti."""
+    words = _words(name)
+    return ["".join(words[start:]) for start in range(len(words))]
 
 
 def _words(name: str) -> list[str]:

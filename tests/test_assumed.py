@@ -119,6 +119,15 @@ def test_parts_weigh_what_is_published():
         ("A100 80 gb", "A100", 80, 80),
         ("MI300X", "MI300X", "gfx942", 192),
         ("16GB", "a card of 16 GB, like RTX 4080", 89, 16),
+        ("rtx4090", "RTX 4090", 89, 24),
+        ("4090", "RTX 4090", 89, 24),
+        ("GeForce 3090ti", "RTX 3090 Ti", 86, 24),
+        ("RTX4070TiSuper", "RTX 4070 Ti SUPER", 89, 16),
+        ("a6000", "RTX A6000", 86, 48),
+        ("2060 12gb", "RTX 2060", 75, 12),
+        ("4GB", "a card of 4 GB, like RTX 3050 Laptop", 86, 4),
+        ("6G", "a card of 6 GB, like RTX 3060 Laptop", 86, 6),
+        ("11GB", "a card of 11 GB, like RTX 3080", 86, 11),
         ("12 gib", "a card of 12 GB, like RTX 4070", 89, 12),
     ],
 )
@@ -132,14 +141,22 @@ def test_a_card_by_its_name_or_its_size(words, name, arch, gib):
     ("gpu", "ram", "said"),
     [
         ("RTX 4900", None, "Did you mean RTX 4090"),
-        ("banana", None, "There are V100"),
+        ("6000", None, "Did you mean Quadro RTX 6000 or RTX PRO 6000"),
+        ("12", None, "Did you mean 12GB"),
+        ("banana", None, r"Nearest in name are [^,.]+, [^,.]+, [^,.]+\. A size"),
         ("16GB", "plenty", "--ram 'plenty' is no amount of memory"),
+        ("16GB", "64", "Did you mean 64GB"),
+        ("16GB", "a lot", "as in 64GB"),
         ("0GB", None, "no memory at all"),
     ],
 )
 def test_words_that_mean_no_machine_are_told(gpu, ram, said):
     with pytest.raises(PlanError, match=said):
         machine(gpu, ram)
+
+
+def test_memory_is_understood_in_any_unit():
+    assert [machine("16GB", ram).host_bytes for ram in ("4TB", "64g", "2048 MiB")] == [4096 * GIB, 64 * GIB, 2 * GIB]
 
 
 def test_a_card_without_bf16_units_is_told_so_with_the_choice():

@@ -30,6 +30,8 @@ from ltxforge.cards import CARDS, GIB, card_of, known_card, typical_card
         ("NVIDIA RTX 6000 Ada Generation", 47.5, "RTX 6000 Ada", 364.2),
         ("NVIDIA L40S", 44.4, "L40S", 362),
         ("AMD Instinct MI300X", 191.7, "MI300X", 1307),
+        ("NVIDIA GeForce RTX 3060 Laptop GPU", 5.8, "RTX 3060 Laptop", 26.2),
+        ("NVIDIA GeForce RTX 3060", 11.8, "RTX 3060", 25.5),
         ("rtx 4090", 0, "RTX 4090", 165.2),
     ],
 )
@@ -53,9 +55,9 @@ def test_others_are_not_known_and_said_to_be_assumed(name):
 
 
 def test_a_size_alone_is_a_typical_card_of_that_memory():
-    for gib in (4, 8, 12, 16, 20, 24, 40, 48, 80, 300):
+    for gib in (1, 4, 6, 7, 8, 10, 11, 12, 16, 20, 24, 40, 48, 80, 300):
         card = typical_card(gib * GIB)
-        assert card.assumed and card.memory_bytes == gib * GIB
+        assert card.assumed and card.has_bf16 and card.memory_bytes == gib * GIB
     assert typical_card(12 * GIB).bf16 == known_card("RTX 4070").bf16
     rates = [typical_card(gib * GIB).bf16 for gib in (8, 12, 16, 24, 48, 80)]
     assert rates == sorted(rates)
