@@ -27,11 +27,14 @@ def ways_out(recipe: Recipe, facts: Facts, phase: PhasePlan, peak: int) -> tuple
     if not phase.device_bytes:
         return ()
     limit = int(facts.hardware.budget_bytes * phase.device_bytes / max(peak, LEAST_EXCESS * phase.device_bytes))
+    fitted = f"--set memory.fit={limit / 2**30:.1f}GB"
     if recipe.memory.fit:
-        return (f"--set memory.fit={limit / 2**30:.1f}GB   (chooses anew, for less)",)
+        return (f"{fitted}   (chooses anew, for less)",)
     smaller = replace(facts.hardware, memory_bytes=limit, free_bytes=min(facts.hardware.free_bytes, limit))
     try:
         make_plan(recipe, replace(facts, hardware=smaller))
     except PlanError as error:
-        return tuple(line.strip() for line in error.remedy.splitlines() if line.strip().startswith("--set"))
+        lines = (line.strip() for line in error.remedy.splitlines())
+        # "auto" would choose for all of the device.
+        return tuple(line.replace("--set memory.fit=auto", fitted) for line in lines if line.startswith("--set"))
     return ()

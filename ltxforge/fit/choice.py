@@ -27,6 +27,7 @@ from ltxforge.specs import ModelSpec
 if TYPE_CHECKING:
     from ltxforge.hardware import Hardware
 
+FITTED: Mapping[str, Any] = {"memory.fit": "auto"}
 CostsOf = Callable[[Plan, ModelSpec, Asked], Costs]
 """What the run of a drafted plan costs, for every base precision, text encoder and tile that is in question."""
 Draft = Callable[[Recipe], Plan]
@@ -167,20 +168,35 @@ def _close(budget: Budget, found: tuple[PhasePlan, ...]) -> tuple[str, ...]:
 def _does_not_fit(
     recipe: Recipe, plan: Plan, search: Search, case: Case, worst: PhasePlan, limits: Budget
 ) -> PlanError:  # fmt: skip
-    """The refusal: the phase that binds, its parts, and the two cheapest changes that would make everything fit."""
+    """The refusal: the phase that binds, its parts, and what would make everything fit: `fit`, if it does and is not
+    asked for, and the two cheapest changes.
+    """
     folder = str(Path(case.cache_directory, STREAMED_FOLDER))
+    asked_for = search.leanest() if recipe.memory.fit else search.plain()
+    all_phases = phases(search.costs, asked_for.memory, asked_for.optimizer)
+    crowded = [phase.name for phase in all_phases if not search.budget.holds(phase)]
     axes = axes_of(
         recipe, plan, case.spec, on_gpu=case.hardware.kind in GPUS, packages=case.hardware.packages, folder=folder,
-        goes_on=case.previous is not None,
+        goes_on=case.previous is not None, crowded=crowded,
     )  # fmt: skip
-    asked_for = search.leanest() if recipe.memory.fit else search.plain()
-    found = remedies(axes, lambda sets: _seconds_with(sets, recipe, search, case), asked_for.seconds)
+
+    def trial(sets: Mapping[str, Any]) -> float | None:
+        return _seconds_with(sets, recipe, search, case)
+
+    found = remedies(axes, trial, asked_for.seconds)
+    if recipe.memory.fit is None and (seconds := trial(FITTED)) is not None:
+        found = [Remedy(FITTED, seconds, 0.0), *found]
     told = "\n  ".join(_told(remedy, 0 if recipe.memory.fit else asked_for.seconds) for remedy in found)
     return PlanError(
-        f"this does not fit: {too_large(limits, worst)}",
+        f"this does not fit{_machine(case.hardware)}: {too_large(limits, worst)}",
         remedy=f"{'What would fit' if told else 'No change of memory, size or rank that is known here makes it fit'}"
         + (f":\n  {told}" if told else ". It needs a larger machine."),
     )
+
+
+def _machine(hardware: Hardware) -> str:
+    """A machine that is not here, as it is assumed: which card stands for a size is to be seen."""
+    return f" {hardware.name}" if hardware.is_assumed else ""
 
 
 def _told(remedy: Remedy, seconds: float) -> str:

@@ -22,12 +22,16 @@ from ltxforge.recipe.wording import toml
 from ltxforge.specs import ModelSpec
 
 _WORTH = {
-    "int8": 0.02, "nf4": 0.1, "adamw8bit": 0.01, "text int8": 0.002, "text nf4": 0.005, "tiles": 0.001, "samples": 0.15,
-    "disk": 0.03,
+    "int8": 0.02, "nf4": 0.1, "adamw8bit": 0.01, "text int8": 0.002, "text nf4": 0.005, "tiles": 0.001,
+    "small tiles": 0.003, "frugal": 0.004, "smaller samples": 0.1, "samples": 0.15, "disk": 0.03,
 }  # fmt: skip
 """What fewer bits, blended tiles, a busy disk and no samples while training count beside a share of a step's time: an
 order of preference, no measurement.
 """
+SMALLER_TILES = ((384, 64), (256, 64), (256, 32), (128, 16))
+"""Sides in pixels and lengths in frames."""
+SHARES_OF_SAMPLES = (0.75, 0.5, 0.25)
+"""Of a sample's side or length: few, because each asks for another trace."""
 LOWEST_RANK, FEWEST_FRAMES, LEAST_AREA = 4, 9, 0.25
 MOST_TOGETHER = 3
 
@@ -85,14 +89,17 @@ def _least_lost(axes: Sequence[Axis]) -> float:
 
 
 def axes_of(recipe: Recipe, plan: Plan, spec: ModelSpec, *, on_gpu: bool, packages: Iterable[str], folder: str,
-            goes_on: bool) -> list[Axis]:  # fmt: skip
+            goes_on: bool, crowded: Iterable[str] = ()) -> list[Axis]:  # fmt: skip
     """What may be changed about a recipe, and how far.
 
     Args:
+        crowded: the phases that do not fit; samples are left as they are where theirs do.
         folder: where weights could wait on a disk.
         goes_on: whether a run is continued, whose identity must stay.
     """
     found = [*_free_axes(recipe, plan, spec, on_gpu, folder)]
+    if plan.validation.prompts and not {"sample", "decode"}.isdisjoint(crowded):
+        found += [*_sample_axes(recipe, plan, spec)]
     if not goes_on:
         found += [*_identity_axes(recipe, plan, packages, on_gpu)]
     return found
@@ -100,10 +107,6 @@ def axes_of(recipe: Recipe, plan: Plan, spec: ModelSpec, *, on_gpu: bool, packag
 
 def _free_axes(recipe: Recipe, plan: Plan, spec: ModelSpec, on_gpu: bool, folder: str) -> Iterator[Axis]:
     memory, asked = plan.memory, recipe.memory
-    if plan.validation.prompts and not memory.decode_tile:
-        yield (Rung((("memory.decode", "tiles"),), _WORTH["tiles"]),)
-    if plan.validation.prompts and (plan.validation.every or plan.validation.at_start):
-        yield (Rung((("validation.every", 0), ("validation.at_start", False)), _WORTH["samples"]),)
     yield tuple(
         Rung((("memory.text_encoder_precision", name),), _WORTH[f"text {name}"])
         for name in _below(memory.text_encoder_precision, TEXT_ENCODERS)
@@ -122,6 +125,36 @@ def _free_axes(recipe: Recipe, plan: Plan, spec: ModelSpec, on_gpu: bool, folder
         yield (Rung((("memory.offload_to_disk", folder),), _WORTH["disk"]),)
     if on_gpu and not memory.offload_activations:
         yield (Rung((("memory.offload_activations", True),)),)
+
+
+def _sample_axes(recipe: Recipe, plan: Plan, spec: ModelSpec) -> Iterator[Axis]:
+    """Ways to make samples in less memory, or smaller ones, or none."""
+    tile, whole = (plan.memory.decode_tile, plan.memory.decode_frames), recipe.memory.decode == "whole"
+    tiled = ("memory.decode", "tiles")
+    smaller = tuple(
+        Rung((tiled, ("memory.decode_tile", side), ("memory.decode_frames", frames)), _WORTH["small tiles"])
+        for side, frames in SMALLER_TILES
+        if not tile[0] or (side, frames) < tile
+    )
+    yield (*(() if tile[0] else (Rung((tiled,), _WORTH["tiles"]),)), *smaller)
+    if spec.has_audio and not recipe.validation.frugal and not whole:
+        yield (Rung((("validation.frugal", True),), _WORTH["frugal"]),)
+    largest = max((prompt.shape for prompt in plan.validation.prompts), key=lambda shape: shape.latent().tokens)
+    sizes = [
+        tuple(round(side * share / 32) * 32 for side in (largest.width, largest.height)) for share in SHARES_OF_SAMPLES
+    ]
+    yield tuple(
+        Rung((("validation.resolution", f"{width}x{height}"),), _WORTH["smaller samples"] * (1 - share))
+        for (width, height), share in zip(sizes, SHARES_OF_SAMPLES, strict=True)
+        if min(width, height) >= max(64, spec.smallest_sampled_side)
+    )
+    yield tuple(
+        Rung((("validation.frames", int(share * largest.frames / 8) * 8 + 1),), _WORTH["smaller samples"] * (1 - share))
+        for share in SHARES_OF_SAMPLES
+        if largest.frames > FEWEST_FRAMES
+    )
+    if plan.validation.every or plan.validation.at_start:
+        yield (Rung((("validation.every", 0), ("validation.at_start", False)), _WORTH["samples"]),)
 
 
 def _identity_axes(recipe: Recipe, plan: Plan, packages: Iterable[str], on_gpu: bool) -> Iterator[Axis]:

@@ -57,7 +57,8 @@ TEXT_ENCODERS = ("bf16", "int8", "nf4")
 class Budget:
     """Bytes that the phases of a run may take, margins taken off; `device` is None where it shares the host's memory.
 
-    `step_host` bounds the host's part of a step. `whole_device` and `whole_host` are what there is with the margins.
+    `step_host` bounds the host's part of a step. `whole_device` and `whole_host` are what there is with the margins, as
+    far as the run may have it.
     `reserves` counts with a phase what the allocator holds beyond its tensors.
     """
 
@@ -110,7 +111,8 @@ def budget_of(device: int, host: int, *, shared: bool) -> Budget:
     """
     free = max(0, host - SYSTEM_BYTES)
     if shared:
-        return Budget(None, min(free, device) if device else free, whole_host=host)
+        allowed = device or host
+        return Budget(None, min(free, allowed), whole_host=min(host, allowed))
     own = max(0, device - CONTEXT_BYTES)
     return Budget(own, free, round(PINNED_SHARE * host), device, host, reserves=True)
 
@@ -224,7 +226,7 @@ class Search:
         chosen = with_host or with_device or faster
         if not chosen:
             return None
-        need, other = min(chosen, key=lambda each: (max(0, each[0][0]) + max(0, each[0][1]), each[1].seconds))
+        need, other = min(chosen, key=lambda each: (max(0, each[0][0]) + max(0, each[0][1]), each[1].moved_parts))
         return self._finished(other), max(0, need[0]), max(0, need[1])
 
     def plain(self) -> Way:
@@ -358,7 +360,9 @@ class Search:
         asked = self.asked
         bases = asked.base_precisions[: asked.base_precisions.index(way.memory.base_precision) + 1]
         optimizers = asked.optimizers[: asked.optimizers.index(way.optimizer) + 1]
-        for base, optimizer, (offload, disk) in product(bases, optimizers, self._places()):
+        waits = {asked.disks[0], way.memory.stream.disk if way.memory.stream else asked.disks[0]}
+        places = [place for place in self._places() if place[1] in waits]  # nobody asked for another disk
+        for base, optimizer, (offload, disk) in product(bases, optimizers, places):
             for streamed in self._counts():
                 if other := self._leanest_within(base, optimizer, disk, offload, streamed, seconds):
                     yield self._need(other), other

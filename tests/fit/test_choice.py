@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ltxforge.assumed import machine
 from ltxforge.cards import GIB
 from ltxforge.dataset.scan import Clip
 from ltxforge.errors import PlanError
@@ -165,6 +166,7 @@ def test_weights_that_come_quantised_stay_so_unless_the_recipe_says_otherwise():
     stored = dataclasses.replace(part, stored_format="nf4")
     model = ModelPlan("x", "0.9.5", "causal", {"transformer": stored, "vae": part, "text_encoder": part})
     assert memory("", card(80), model=model).base_precision == "nf4"
+    assert plan_for(RECIPE, card(80), model=model).origins["memory.base_precision"] == "weights"
     assert memory('base_precision = "bf16"', card(80), model=model).base_precision == "bf16"
     assert memory('fit = "auto"', card(80), model=model).base_precision == "nf4"
 
@@ -177,6 +179,10 @@ def test_a_run_that_goes_on_keeps_its_precision_and_its_optimiser_and_plans_the_
     assert large.memory.base_precision == "int8" and large.memory.stream is None
     assert large.memory.text_encoder_precision == small.memory.text_encoder_precision != "bf16", "captions keep bits"
     assert large.optimizer.name == small.optimizer.name and large.identity_digest() == small.identity_digest()
+    kept = ("memory.base_precision", "memory.text_encoder_precision", "optimizer.name")
+    assert {large.origins[key] for key in kept} == {"this run"} and large.origins["memory.double_quant"] == "default"
+    said = plan_for(f'{text}base_precision = "int8"\n', card(80), previous=small)
+    assert [said.origins[key] for key in kept] == ["recipe", "this run", "this run"]
     fresh = plan_for(text, card(80))
     assert (fresh.memory.base_precision, fresh.optimizer.name) == ("bf16", "adamw")
 
@@ -187,12 +193,25 @@ def test_a_run_that_goes_on_keeps_its_precision_and_its_optimiser_and_plans_the_
 def test_fit_says_what_binds_what_it_costs_and_what_would_be_faster():
     plan = plan_for(f'{RECIPE}[memory]\nfit = "6GB"\n', card(24, 10))
     first, chosen, cost, faster = plan.estimates.choices
-    assert re.fullmatch(r"everything resident does not fit: step would take .* GB, .* GB more than there is", first)
+    assert re.fullmatch(
+        r"everything resident does not fit: step would take .* GB on the device, .* GB more than a run"
+        r" may have, 5\.3 GB of 6\.0 GB, after context and desktop",
+        first,
+    )
     assert chosen.startswith("chosen: ") and "RTX 4070" in cost and "x of the time" in cost
     assert re.search(r"with .* GB more on the device: .*, 1\.\d+x faster", faster)
     assert plan.memory.budget == (6 * GIB, 10 * GIB) and plan.memory.fit == "6GB"
     assert [phase.name for phase in plan.estimates.phases][-1] == "save"
     assert plan.origins["memory.base_precision"] == "fit" and plan.origins["memory.fit"] == "recipe"
+
+
+def test_what_is_told_of_a_cpu_is_what_its_run_may_have():
+    allowed = plan_for(f'{RECIPE}[memory]\nfit = "24GB"\n', CPU).memory
+    assert allowed.budget == (0, 24 * GIB) and allowed.blocks == 28
+    assert plan_for(f'{RECIPE}[memory]\nfit = "auto"\n', CPU).memory.budget == (0, 32 * GIB)
+    assert plan_for(f'{RECIPE}[memory]\nfit = "48GB"\n', CPU).memory.budget == (0, 32 * GIB)
+    with pytest.raises(PlanError, match="of which a run may have 1.0 GB"):
+        plan_for(f'{RECIPE}[memory]\nfit = "1GB"\n', CPU)
 
 
 def test_fit_keeps_what_is_said_and_never_takes_more_than_the_card_has():
@@ -216,7 +235,9 @@ def test_on_a_cpu_the_host_s_memory_counts():
     plan = plan_for(text, CPU)
     assert plan.memory.stream is None and not plan.memory.offload_activations
     assert all(phase.host_bytes <= 30 * GIB for phase in plan.estimates.phases)
-    with pytest.raises(PlanError, match="of the host's memory, of which a run may have"):
+    with pytest.raises(
+        PlanError, match=r"of which a run may have 3\.0 GB of 5\.0 GB, after 2\.0 GB kept for the system"
+    ):
         plan_for(text, dataclasses.replace(CPU, host_bytes=5 * GIB))
 
 
@@ -248,7 +269,9 @@ def test_what_cannot_fit_is_refused_with_two_changes_that_make_it_fit(text, hard
     with pytest.raises(PlanError, match="this does not fit: ") as caught:
         plan_for(text, hardware)
     found = snippets(caught.value)
-    assert len(found) == 2 and found[0] != found[1]
+    fitted = ["memory.fit=auto"]
+    assert len([each for each in found if each != fitted]) == 2 and found[-2] != found[-1]
+    assert fitted not in found[1:], "it comes first"
     for overrides in found:
         plan = plan_for(text, hardware, overrides)
         assert plan.estimates.phases, "it is planned, and was judged"
@@ -259,7 +282,9 @@ def test_a_refusal_names_the_phase_its_parts_and_the_time_that_a_change_costs():
         plan_for(TOO_LARGE[2][0], TOO_LARGE[2][1])
     told = str(caught.value)
     assert re.search(
-        r"step would take [\d.]+ GB on the device, of which a run may have [\d.]+ GB: kept activations", told
+        r"step would take [\d.]+ GB on the device, of which a run may have 11\.3 GB of 12\.0 GB, after context and"
+        r" desktop: kept activations",
+        told,
     )
     assert "--set memory.checkpointing=true" in told or "--set memory.offload_activations=true" in told
     assert re.search(r"a step takes about \d\.\d\dx of its time", told)
@@ -271,9 +296,70 @@ def test_a_run_that_goes_on_is_offered_nothing_that_would_make_it_another():
         plan_for(RECIPE, card(7), previous=first)
     keys = {name.partition("=")[0] for each in snippets(caught.value) for name in each}
     assert keys and keys <= {
+        "memory.fit", "memory.decode_tile", "memory.decode_frames",
         "memory.text_encoder_precision", "memory.decode", "memory.block_swap", "memory.checkpointing",
         "memory.offload_activations", "memory.offload_to_disk",
     }  # fmt: skip
+
+
+def test_fit_is_named_first_where_it_fits_and_nobody_asked_for_it():
+    with pytest.raises(PlanError) as caught:
+        plan_for(*TOO_LARGE[0])
+    assert snippets(caught.value)[0] == ["memory.fit=auto"]
+    with pytest.raises(PlanError) as caught:
+        plan_for(*TOO_LARGE[6])
+    assert "memory.fit=auto" not in str(caught.value)
+
+
+def test_a_refusal_names_the_card_that_is_assumed():
+    with pytest.raises(PlanError, match="this does not fit a card of 9 GB, like RTX 4060: "):
+        plan_for(RECIPE, machine("9GB", "64GB"))
+
+
+def crowded_by(part: str, whole: int, tiled):
+    """Costs whose samples take so much: in a pass of the transformer, or while they are decoded."""
+
+    def priced(plan, spec, asked) -> Costs:
+        costs = costs_of(plan, spec, asked)
+        if not (plan.validation.every or plan.validation.at_start):
+            return dataclasses.replace(costs, decodes={})
+        shape = plan.validation.prompts[0].shape
+        share = shape.width * shape.height * shape.frames / (768 * 512 * 121)
+        works = {name: dataclasses.replace(work, sampling=round(whole * share)) for name, work in costs.works.items()}
+        tiles = {(0, 0), *asked.tiles}
+        decodes = {tile: Part(GIB, round(whole * share * tiled(*tile) if tile[0] else whole * share)) for tile in tiles}
+        return dataclasses.replace(costs, **{"sample": {"works": works}, "decode": {"decodes": decodes}}[part])
+
+    return priced
+
+
+@pytest.mark.parametrize(
+    ("part", "tiled", "expected"),
+    [
+        ("decode", lambda side, frames: 0.1, {"memory.decode"}),
+        ("decode", lambda side, frames: side * frames / 2**15, {"memory.decode_tile"}),
+        ("decode", lambda side, frames: 1.0, {"validation.resolution", "validation.frames"}),
+        ("sample", lambda side, frames: 1.0, {"validation.resolution", "validation.frames"}),
+    ],
+)
+def test_samples_that_take_too_much_are_offered_tiles_or_smaller_ones(part, tiled, expected):
+    costs = crowded_by(part, 30 * GIB, tiled)
+    with pytest.raises(PlanError, match=f"this does not fit: {part} ") as caught:
+        plan_for(RECIPE, card(20), costs=costs)
+    found = snippets(caught.value)
+    keys = {key.partition("=")[0] for each in found for key in each}
+    assert expected <= keys
+    for overrides in found:
+        assert plan_for(RECIPE, card(20), overrides, costs=costs).estimates.phases
+
+
+def test_samples_of_any_size_that_take_too_much_are_left_out():
+    costs = crowded_by("sample", 3000 * GIB, lambda side, frames: 1.0)
+    with pytest.raises(PlanError) as caught:
+        plan_for(RECIPE, card(20), costs=costs)
+    assert ["validation.every=0", "validation.at_start=false"] in snippets(caught.value)
+    plan = plan_for(RECIPE, card(20), ["validation.every=0", "validation.at_start=false"], costs=costs)
+    assert {"sample", "decode"}.isdisjoint(phase.name for phase in plan.estimates.phases)
 
 
 def test_where_nothing_helps_that_is_said():
