@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def exactness_of(
-    hardware: Hardware, previous: Plan | None, kernels: Kernels, compile: bool = False
+    hardware: Hardware, previous: Plan | None, kernels: Kernels, compile: bool = False, text_encoder: str = "bf16"
 ) -> tuple[str, str]:  # fmt: skip
     """("exact" or "statistical", the reason) of a run with these kernels, which goes on from `previous` if given.
 
-    `compile` says whether the transformer's block is compiled as a whole.
+    `compile` says whether the transformer's block is compiled as a whole, `text_encoder` how its weights are kept.
     """
-    if previous is not None and (changes := _changes(previous, hardware, kernels, compile)):
+    if previous is not None and (changes := _changes(previous, hardware, kernels, compile, text_encoder)):
         return "statistical", f"changed since this run began: {'; '.join(changes)}"
     if previous is not None and previous.device.exactness == "statistical":
         return "statistical", previous.device.exactness_reason
@@ -37,7 +37,7 @@ def exactness_of(
     return "exact", "every operation of PyTorch used here adds in a fixed order on the CPU"
 
 
-def _changes(saved: Plan, hardware: Hardware, kernels: Kernels, compile: bool) -> list[str]:
+def _changes(saved: Plan, hardware: Hardware, kernels: Kernels, compile: bool, text_encoder: str) -> list[str]:
     """What differs, in words, between the machines, versions and ops of two attempts: any of it may change bits."""
     before = {**saved.device.versions, "device": f"{saved.device.kind} {saved.device.name}".strip()}
     now = {**hardware.versions, "device": f"{hardware.kind} {hardware.name}".strip()}
@@ -51,4 +51,6 @@ def _changes(saved: Plan, hardware: Hardware, kernels: Kernels, compile: bool) -
     ]
     blocks = {True: "blocks are compiled now", False: "blocks are no longer compiled"}
     told = [blocks[compile]] if compile != saved.training.compile else []
+    if text_encoder != (was := saved.memory.text_encoder_precision):
+        told.append(f"memory.text_encoder_precision was {was}, now {text_encoder}: captions are encoded anew")
     return versions + told + changed(saved.kernels, kernels)

@@ -274,7 +274,7 @@ class MemoryPlan:
     (`checkpointed`, by number), which are streamed, what is kept on the host. `base_precision` "bf16" is not quantised:
     the base is kept in the run's precision. `decode_tile` (pixels) and `decode_frames` are the sizes in which samples
     are decoded, 0 for whole. `budget` is what there is, in bytes of the device and of the host, 0 where nobody
-    knows; `fit` how a choice was asked for.
+    knows; `fit` how a choice was asked for; `blocks` how many the model has, 0 where that is not told.
     """
 
     checkpointed: tuple[int, ...] = free(default=())
@@ -289,6 +289,7 @@ class MemoryPlan:
     dry_run: bool = free(default=False)
     fit: str = free(default="")
     budget: tuple[int, int] = free(default=(0, 0))
+    blocks: int = free(default=0)
 
 
 @dataclass(frozen=True)
@@ -500,8 +501,8 @@ def identity(value: Any) -> Any:
 def differences(old: Plan, new: Plan) -> list[tuple[str, str, str]]:
     """What makes two plans different runs, as (name, old, new): identity fields by dotted name, samples by clip.
 
-    What follows from another difference is left out: the parts of another model version, and with other modalities
-    which samples have sound and which VAE counts.
+    What follows from another difference is left out: the parts of another model version, with another base whether
+    its scales are quantised, and with other modalities which samples have sound and which VAE counts.
     """
     if old.training.modalities != new.training.modalities:
         old, new = _without_sound(old), _without_sound(new)
@@ -509,14 +510,23 @@ def differences(old: Plan, new: Plan) -> list[tuple[str, str, str]]:
     found = []
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):
-            found.append((name, str(before.get(name, "absent")), str(after.get(name, "absent"))))
+            found.append((name, *(_worded(flat.get(name, "absent")) for flat in (before, after))))
     if samples := _sample_differences(old.data.samples, new.data.samples):
         # What the samples decide differs with them and says nothing more.
         derived = ("data.samples.", "data.buckets.", "steps_per_epoch")
         found = [entry for entry in found if not entry[0].startswith(derived)] + samples
+    if old.memory.base_precision != new.memory.base_precision:
+        found = [entry for entry in found if entry[0] != "memory.double_quant"]
     if old.model.version != new.model.version:
         found = [entry for entry in found if not entry[0].startswith("model.components.")]
     return found
+
+
+def _worded(value: Any) -> str:
+    """A value as a recipe's reader knows it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "nothing" if value is None else str(value)
 
 
 def _without_sound(plan: Plan) -> Plan:

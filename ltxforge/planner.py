@@ -126,7 +126,7 @@ def _draft(recipe: Recipe, facts: Facts) -> Plan:
         steps=steps,
         steps_per_epoch=per_epoch,
         model=_identifying(facts.model, modalities),
-        device=_device(recipe, facts, kernels, data, modalities),
+        device=_device(recipe, facts, kernels, data, modalities, asked.memory.text_encoder_precision),
         kernels=kernels,
         data=data,
         cache=CachePlan(
@@ -158,7 +158,7 @@ def _with_memory(draft: Plan, decision: Decision, recipe: Recipe, facts: Facts) 
         draft,
         memory=decision.memory,
         kernels=kernels,
-        device=_device(recipe, facts, kernels, draft.data, modalities),
+        device=_device(recipe, facts, kernels, draft.data, modalities, decision.memory.text_encoder_precision),
         optimizer=_optimizer(recipe, facts.hardware, steps, facts.previous, decision.optimizer),
         origins=draft.origins | chosen,
     )
@@ -293,10 +293,12 @@ def _kernels(recipe: Recipe, facts: Facts, modalities: str, base_precisions: Seq
     )  # fmt: skip
 
 
-def _device(recipe: Recipe, facts: Facts, kernels: Kernels, data: DataPlan, modalities: str) -> DevicePlan:
+def _device(
+    recipe: Recipe, facts: Facts, kernels: Kernels, data: DataPlan, modalities: str, text_encoder: str
+) -> DevicePlan:  # fmt: skip
     hardware, samples = facts.hardware, recipe.training.batch_size * recipe.training.accumulate
     precision, encoders = precisions(recipe, hardware, facts.previous)
-    exactness, reason = exactness_of(hardware, facts.previous, kernels, recipe.training.compile)
+    exactness, reason = exactness_of(hardware, facts.previous, kernels, recipe.training.compile, text_encoder)
     return DevicePlan(
         precision=precision, encoder_precision=encoders, kind=hardware.kind, attention="PyTorch SDPA",
         exactness=exactness, exactness_reason=reason, name=hardware.name, versions=dict(hardware.versions),
@@ -485,6 +487,17 @@ _OTHER_ORIGINS = {
 }
 
 
+def _kept(recipe: Recipe, facts: Facts) -> dict[str, str]:
+    """Keys whose open value is the weights' own, or that of the run that goes on; see `fit/wishes.py`."""
+    previous = facts.previous
+    if previous is None:
+        return {"memory.base_precision": "weights"} if stored_format(facts.model) else {}
+    kept = ["memory.base_precision", "memory.text_encoder_precision", "optimizer.name", "training.precision"]
+    if previous.memory.base_precision == "nf4" and recipe.memory.base_precision is None:
+        kept.append("memory.double_quant")
+    return dict.fromkeys(kept, "this run")
+
+
 def _origins(recipe: Recipe, facts: Facts) -> dict[str, str]:
     """Dotted recipe key → "recipe", "--set", "default", or the fact that decided it."""
     origins: dict[str, str] = {}
@@ -498,6 +511,7 @@ def _origins(recipe: Recipe, facts: Facts) -> dict[str, str]:
                 else "recipe" if name in facts.said
                 else _OTHER_ORIGINS.get(name, "default")
             )  # fmt: skip
+    origins |= {key: whose for key, whose in _kept(recipe, facts).items() if origins[key] not in ("recipe", "--set")}
     if recipe.kernels.all:
         unsaid = (op for op in (*OPS, *QUANTISED_OPS) if getattr(recipe.kernels, op) is None)
         origins |= {f"kernels.{op}": origins["kernels.all"] for op in unsaid}

@@ -28,6 +28,7 @@ from ltxforge.flow_matching import sigma_quantiles
 from ltxforge.hardware import is_out_of_memory, torch_device, torch_dtype
 from ltxforge.kernel_calls import calls_of
 from ltxforge.lock import RunLock
+from ltxforge.memory.store import require_folder
 from ltxforge.models.blueprints import require_whole
 from ltxforge.models.interface import VideoModel
 from ltxforge.models.load import load_model
@@ -93,6 +94,7 @@ def plan_only(parsed: Parsed, out: Path | None, screen: Screen, calls: bool = Fa
         home = RunDirectory(where.run)
         saved = home.saved_plan()
         plan = make_plan(parsed.recipe, gather(parsed, where, saved, emit, stop))
+        require_room(plan)
         require_whole(plan.model)
         show_plan(plan, screen)
         if calls:
@@ -207,6 +209,7 @@ def settle_plan(
         refuse_if_never(parsed, where)
     facts = gather(parsed, where, saved, emit, stop)
     plan = make_plan(parsed.recipe, facts)
+    require_room(plan)
     if saved is not None:
         home.require_same_run(saved, plan)
         if plan.device.exactness_reason != saved.device.exactness_reason:
@@ -223,6 +226,12 @@ def settle_plan(
     return plan, facts
 
 
+def require_room(plan: Plan) -> None:
+    """Raise PlanError if weights shall wait in a folder where nothing can be written."""
+    if plan.memory.stream is not None and plan.memory.stream.disk:
+        require_folder(Path(plan.memory.stream.disk), made=(Path(plan.cache.directory), Path(plan.directory)))
+
+
 def show_plan(plan: Plan, screen: Screen) -> None:
     """The plan as a table, with the quantiles of the sigma that each bucket's video and sound train."""
     quantiles = {name: sigma_quantiles(plan.flow, tokens) for name, tokens in plan.noised_lengths().items()}
@@ -234,9 +243,8 @@ def settle_data(plan: Plan, model: VideoModel, cache: Cache, emit: Emit, stop: S
     home = RunDirectory(Path(plan.directory))
     data = encode.fill(plan, model, cache, emit, stop)
     changes = home.compare_data(data.to_json())
-    if changes.encoded:
-        count = len(changes.encoded)
-        emit(Note(f"not bit for bit from here on: {count} samples were encoded to other bits", "warning"))
+    if told := changes.encoded_words():
+        emit(Note(f"not bit for bit from here on: encoded to other bits: {told}", "warning"))
     if changes.late:
         count = len(changes.late)
         emit(Note(f"{count} samples that could not be decoded when this run began stay out of it", "warning"))

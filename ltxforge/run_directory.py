@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,41 @@ from ltxforge.durable import retire, sweep_leftovers, write_file, write_json
 from ltxforge.errors import RunError
 from ltxforge.plan import FORMAT, Plan, differences, from_json, to_json
 from ltxforge.printable import printable
+from ltxforge.recipe.schema import Memory
+
+ENCODED = {"latents": "pictures", "audio": "sound", "prompt": "captions"}
+"""What of a sample is encoded, by its name in the data manifest, and in words."""
+MOST_NAMED = 5
+BASE = ("base_precision", "double_quant")
+"""The keys of [memory] that say what is trained on; the others say how it is made to fit."""
+OTHER_BITS = ("text_encoder_precision",)
+FREE_MEMORY = tuple(name for name in Memory.model_fields if name not in (*BASE, *OTHER_BITS))
+FREELY = (
+    "run.steps, checkpoint.*, validation.* may change freely, and of [memory] " + ", ".join(FREE_MEMORY)
+    + "; with other bits from then on also kernels.*, training.compile and memory.text_encoder_precision"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DataChanges:
     """How data differ from what a run began with.
 
-    `encoded` names the paths of samples that got other bits; `late` the identities of samples that could not be decoded
-    then (too slow, too little memory) and can be now, `late_sound` of those of which only the sound could not.
+    `encoded` names, by what was encoded ("latents", "audio", "prompt"), the paths of samples that got other bits, and
+    `empty_caption` says whether that did; `late` the identities of samples that could not be decoded then (too slow,
+    too little memory) and can be now, `late_sound` of those of which only the sound could not.
     """
 
-    encoded: tuple[str, ...] = ()
+    encoded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    empty_caption: bool = False
     late: frozenset[str] = frozenset()
     late_sound: frozenset[str] = frozenset()
+
+    def encoded_words(self) -> str:
+        """What was encoded to other bits, counted and by name: "the captions of 2 samples (a.mp4, b.mp4)"; "" if
+        nothing was.
+        """
+        told = [f"the {ENCODED[part]} of {_samples(paths)}" for part, paths in self.encoded.items()]
+        return ", ".join([*told, *(["the empty caption"] if self.empty_caption else [])])
 
 
 @dataclass(frozen=True)
@@ -120,7 +142,7 @@ class RunDirectory:
             raise RunError(
                 "the recipe or the data changed since this run began:\n" + "\n".join(lines), where=str(self.path),
                 remedy="Undo the change to continue, or start a new run with --out another/directory."
-                " (run.steps, checkpoint.* and validation.* may change freely.)",
+                f" ({FREELY}.)",
             )  # fmt: skip
 
         if plan.steps < (done := self.last_step()):
@@ -162,11 +184,13 @@ class RunDirectory:
         sounding = {key for key, entry in before.items() if entry.get("audio")}
         self._require_all("samples' sound", [before[key]["path"] for key in sounding if not now[key]["audio"]])
         late_sound = {key for key in before if key not in sounding and now[key]["audio"]}
-        encoded = [now[key]["path"] for key in before if _has_other_bits(before[key], now[key])]
-        if empty_prompt != data["empty_prompt"]:
-            encoded.append("the empty caption")
+        encoded = {
+            part: tuple(now[key]["path"] for key in before if _has_other_bits(part, before[key], now[key]))
+            for part in ENCODED
+        }
         return DataChanges(
-            encoded=tuple(encoded),
+            encoded={part: paths for part, paths in encoded.items() if paths},
+            empty_caption=empty_prompt != data["empty_prompt"],
             late=frozenset(now.keys() - before.keys()),
             late_sound=frozenset(late_sound),
         )
@@ -187,7 +211,15 @@ class RunDirectory:
             write_json(self.path / "data.json", data)
 
 
-def _has_other_bits(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether what a sample trains on was encoded to other bits; sound that it had not then is left out."""
-    sound = bool(before.get("audio")) and before["audio"] != now["audio"]
-    return sound or any(before[part] != now[part] for part in ("latents", "prompt"))
+def _has_other_bits(part: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a part of what a sample trains on was encoded to other bits; sound that it had not then is left out."""
+    if part == "audio" and not before.get("audio"):
+        return False
+    return before[part] != now[part]
+
+
+def _samples(paths: Sequence[str]) -> str:
+    """How many samples, and the names of the first few clips that they come from."""
+    names = list(dict.fromkeys(Path(path).name for path in paths))
+    more = ", …" if len(names) > MOST_NAMED else ""
+    return f"{len(paths)} sample{'' if len(paths) == 1 else 's'} ({', '.join(names[:MOST_NAMED])}{more})"

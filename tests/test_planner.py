@@ -189,6 +189,20 @@ def test_another_machine_is_no_other_run_but_no_longer_exact():
     assert plan_for(previous=first).device.exactness == "exact"
 
 
+def test_another_precision_of_the_text_encoder_is_told_before_anything_is_encoded():
+    def kept(name: str) -> str:
+        return f'{MINIMAL}[memory]\ntext_encoder_precision = "{name}"\n'
+
+    first = plan_for(kept("nf4"))
+    assert plan_for(kept("nf4"), previous=first).device.exactness == "exact"
+    assert plan_for(previous=first).device.exactness == "exact", "left out, it stays as it was"
+    other = plan_for(kept("int8"), previous=first)
+    assert other.identity_digest() == first.identity_digest() and other.device.exactness == "statistical"
+    told = "changed since this run began: memory.text_encoder_precision was nf4, now int8: captions are encoded anew"
+    assert other.device.exactness_reason == told
+    assert plan_for(kept("int8"), previous=other).device.exactness_reason == told
+
+
 TRITON = dataclasses.replace(GPU, triton="3.7.1", versions={"torch": "2.13.0", "triton": "3.7.1"})
 
 

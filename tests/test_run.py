@@ -281,6 +281,21 @@ def test_a_run_that_moves_keeps_its_data_and_says_that_bits_may_differ(here, cli
     )
 
 
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_a_folder_for_weights_that_cannot_be_written_is_refused_with_the_plan(here, clips, verb):
+    """Before anything is encoded, and without a trace of it."""
+    settings = ["dataset.0.path=clips", "memory.group_offload=block_level", "memory.offload_to_disk=nowhere/waiting"]
+    with pytest.raises(PlanError, match="streamed weights cannot be put here"):
+        start_or_plan(verb, ROOT / "recipes/quickstart.toml", *SMALL, *settings)
+    assert not (here / "nowhere").exists() and not (here / "cache/latents").exists()
+    assert not (here / "runs/quickstart/plan.json").exists()
+
+
+def start_or_plan(verb: str, recipe: Path, *overrides: str) -> None:
+    carry_out = {"run": run.run, "plan": run.plan_only}[verb]
+    carry_out(load(recipe, overrides), None, screen_for(io.StringIO(), plain=True))
+
+
 def test_data_that_is_encoded_anew_is_the_same_data(here, clips, monkeypatch):
     """A release that encodes differently raises the version: every entry is made anew, and the run goes on."""
     start(ROOT / "recipes/quickstart.toml", *SMALL, "dataset.0.path=clips", "validation.every=0")

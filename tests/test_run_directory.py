@@ -9,6 +9,7 @@ import pytest
 
 from ltxforge.dataset.cached import CachedData, CachedSample
 from ltxforge.errors import RunError
+from ltxforge.recipe.schema import Memory
 from ltxforge.run_directory import DataChanges, RunDirectory
 
 
@@ -46,10 +47,40 @@ def test_the_same_data_goes_on(home, data):
     assert home.compare_data(data.to_json()) == DataChanges()
 
 
-@pytest.mark.parametrize("field", ["latents_digest", "prompt_digest", "audio_digest"])
-def test_other_bits_are_told(home, data, field):
-    found = home.compare_data(changed(data, 1, **{field: "other"}).to_json())
-    assert found == DataChanges(encoded=(data.samples[1].sample.path,))
+@pytest.mark.parametrize(
+    ("part", "words"), [("latents", "pictures"), ("prompt", "captions"), ("audio", "sound")]
+)  # fmt: skip
+def test_other_bits_are_told(home, data, part, words):
+    found = home.compare_data(changed(data, 1, **{f"{part}_digest": "other"}).to_json())
+    assert found == DataChanges(encoded={part: (data.samples[1].sample.path,)})
+    assert found.encoded_words() == f"the {words} of 1 sample (1.mp4)"
+
+
+def test_the_empty_caption_is_no_sample(home, data):
+    samples = tuple(dataclasses.replace(item, prompt_digest="other") for item in data.samples)
+    found = home.compare_data(CachedData(samples, {}, "other").to_json())
+    assert found.encoded_words() == "the captions of 3 samples (0.mp4, 1.mp4, 2.mp4), the empty caption"
+    assert home.compare_data(data.to_json()).encoded_words() == ""
+
+
+def test_many_samples_are_counted_and_a_few_clips_named():
+    paths = tuple(f"/clips/{n // 2}.mp4" for n in range(14))
+    words = DataChanges(encoded={"prompt": paths}).encoded_words()
+    assert words == "the captions of 14 samples (0.mp4, 1.mp4, 2.mp4, 3.mp4, 4.mp4, …)"
+
+
+def test_another_base_is_refused_in_the_recipe_s_words(home, tiny_plan):
+    """What follows from it is not named, and every key of [memory] is accounted for."""
+    other = dataclasses.replace(tiny_plan.memory, base_precision="nf4", double_quant=True)
+    with pytest.raises(RunError) as refused:
+        home.require_same_run(tiny_plan, dataclasses.replace(tiny_plan, memory=other))
+    text = str(refused.value)
+    assert "memory.base_precision: bf16 -> nf4" in text and "memory.double_quant" not in text
+    for name in set(Memory.model_fields) - {"base_precision", "double_quant"}:
+        assert name in text, name
+    whole = dataclasses.replace(tiny_plan, memory=other)
+    with pytest.raises(RunError, match="memory.double_quant: true -> false"):
+        home.require_same_run(whole, dataclasses.replace(whole, memory=dataclasses.replace(other, double_quant=False)))
 
 
 def test_sound_that_vanished_stops_the_run(home, data):

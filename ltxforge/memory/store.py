@@ -115,7 +115,7 @@ class DiskStore:
                 make_folder(folder)
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         except OSError as error:
-            raise self._fault("weights cannot be put here", error) from error
+            raise _fault(folder, error) from error
         weakref.finalize(self, self._file.close)
         self._places: dict[Key, tuple[int, int]] = {}
         self._units: Sequence[Contents] = ()
@@ -140,7 +140,7 @@ class DiskStore:
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            raise self._fault("weights cannot be put here", error) from error
+            raise _fault(self._folder, error) from error
 
     def seal(self, units: Sequence[Contents], lengths: Sequence[int]) -> None:
         assert sum(map(len, units)) == len(self._places), "every tensor belongs to one unit"
@@ -185,20 +185,36 @@ class DiskStore:
                 " at fault.",
             ) from error  # fmt: skip
 
-    def _fault(self, what: str, error: OSError) -> LtxforgeError:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        kind = DiskFullError if full else PlanError
-        remedy = "Make room there, or name" if full else "Make it a folder that can be written, or name"
-        return kind(
-            f"{what}: {error.strerror}", where=str(self._folder),
-            remedy=f"{remedy} another one as memory.offload_to_disk; without that key they wait in host memory.",
-        )  # fmt: skip
-
     def close(self) -> None:
         if self._reader is not None:
             self._reader.shutdown(cancel_futures=True)
         self._file.close()
         self._stages.clear()
+
+
+def require_folder(folder: Path, made: Sequence[Path] = ()) -> None:
+    """Raise what `DiskStore` would if it cannot put weights in a folder; leaves nothing behind.
+
+    Args:
+        made: folders that will be there by then, with those around them.
+    """
+    there = folder if folder.exists() else folder.parent
+    while not there.exists() and any(there == each or there in each.parents for each in made):
+        there = there.parent
+    try:
+        tempfile.TemporaryFile(dir=there, buffering=0).close()
+    except OSError as error:
+        raise _fault(folder, error) from error
+
+
+def _fault(folder: Path, error: OSError) -> LtxforgeError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    kind = DiskFullError if full else PlanError
+    remedy = "Make room there, or name" if full else "Make it a folder that can be written, or name"
+    return kind(
+        f"streamed weights cannot be put here: {error.strerror}", where=str(folder),
+        remedy=f"{remedy} another one as memory.offload_to_disk; without that key they wait in host memory.",
+    )  # fmt: skip
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

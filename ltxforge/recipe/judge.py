@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
+import annotated_types
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
@@ -171,10 +172,15 @@ def _refused(key: Key, errors: list[dict[str, Any]]) -> Fault:
         return Fault(key, f"{said} {what}", hint)
     if chosen["type"] == "literal_error":
         near = nearest(value, _literals(annotation)) if isinstance(value, str) else None
-        hint = f'did you mean "{near}"?' if near else ""
-        return Fault(key, f"{short(key)} must be {expected(annotation, limits)}, not {toml(value)}", hint)
+        legal = expected(annotation, limits)
+        if near:
+            return Fault(key, f"{short(key)} must be {legal}, not {toml(value)}", f'did you mean "{near}"?')
+        return Fault(key, f"{short(key)} cannot be {toml(value)}", f"it must be {legal}")
     if chosen["type"] in ("too_short", "too_long"):
         return _wrong_length(key, chosen, annotation, limits)
+    if chosen["type"] == "multiple_of":
+        what = f"{said} is no multiple of {chosen['ctx']['multiple_of']}"
+        return Fault(key, what, f"nearest: {' or '.join(map(str, _nearest_multiples(value, limits)))}")
     return _out_of_range(key, chosen, said, expected(annotation, limits))
 
 
@@ -233,6 +239,15 @@ def _out_of_range(key: Key, error: dict[str, Any], said: str, legal: str) -> Fau
     return Fault(key, f"{said} is out of range: it must be {legal}", hint)
 
 
+def _nearest_multiples(value: int, limits: list[Any]) -> list[int]:
+    """The legal numbers on either side of one that is no multiple."""
+    told = {type(limit): limit for limit in limits}
+    step = told[annotated_types.MultipleOf].multiple_of
+    low, high = told[annotated_types.Ge].ge, told[annotated_types.Le].le
+    below = value // step * step
+    return sorted({min(max(each, low), high) for each in (below, below + step)})
+
+
 def _literals(annotation: Any) -> list[str]:
     return [word for kind, _ in branches(annotation) if get_origin(kind) is Literal for word in get_args(kind)]
 
@@ -245,6 +260,8 @@ def _retyped(name: str, value: Any, annotation: Any, item: FieldInfo) -> str:
             return f"write {name} = {'true' if value.lower() in ('true', 'yes', 'on') else 'false'}, without quotes"
         if (int in kinds or float in kinds) and _is_number(value):
             return f"write {name} = {value}, without quotes"
+        if kinds == [bool]:
+            return f"write {name} = true or {name} = false, without quotes"
     if isinstance(value, float) and int in kinds and math.isfinite(value) and value == int(value):
         return f"write {name} = {int(value)}"
     if isinstance(value, (int, float)) and not isinstance(value, bool) and str in kinds and item.default is None:

@@ -94,11 +94,7 @@ def _nf4_has_scales_to_quantise(recipe: Recipe) -> Iterator[Fault]:
     if memory.double_quant is None or memory.base_precision == "nf4":
         return
     said = f"double_quant = {toml(memory.double_quant)}"
-    if memory.base_precision is not None and memory.double_quant:
-        what = f'{said} with base_precision = "{memory.base_precision}": only nf4 has scales to quantise'
-        hint = 'leave it out, or say base_precision = "nf4"'
-        yield Fault(key_of("memory.double_quant"), what, hint, other=key_of("memory.base_precision"))
-    elif memory.base_precision is not None or memory.fit is None:
+    if memory.base_precision is not None or memory.fit is None:
         yield warning(
             key_of("memory.double_quant"), f"{said} means nothing here", 'only base_precision = "nf4" reads it'
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from ltxforge_kernels.choice import Implementation
@@ -25,6 +26,13 @@ Versions = Literal[tuple(SPECS)]  # type: ignore[valid-type]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a text must be, in the words of a message."""
+
+    words: str
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -135,6 +143,7 @@ Alpha = Annotated[float, AfterValidator(_check_alpha), Field(json_schema_extra={
 Target = Annotated[str, AfterValidator(_check_pattern)]
 Capacity = Annotated[
     str,
+    Meaning('an amount of memory such as "12GB"'),
     AfterValidator(_check_capacity),
     Field(json_schema_extra={"pattern": r"^\s*\d{1,5}(\.\d{1,3})?\s*(GB|GiB|MB|MiB)\s*$"}),
 ]

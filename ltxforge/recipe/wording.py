@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from ltxforge.recipe.keys import branches
 from ltxforge.recipe.report import shorten
+from ltxforge.recipe.schema import Meaning
 
 
 def expected(annotation: Any, metadata: list[Any] | None = None) -> str:
@@ -30,12 +31,16 @@ def _expected(kind: Any, limits: list[Any]) -> str:
         return f"a list{_items(limits)}, each item {expected(typing.get_args(kind)[0])}"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return "a table"
+    if meaning := next((limit.words for limit in limits if isinstance(limit, Meaning)), ""):
+        return meaning
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}
     return names[kind] + _range(limits)
 
 
 def _range(limits: list[Any]) -> str:
     told = {type(limit): limit for limit in limits}
+    if step := told.get(annotated_types.MultipleOf):
+        return f"{_range([limit for limit in limits if limit is not step])}, a multiple of {number(step.multiple_of)}"
     low, high = told.get(annotated_types.Ge), told.get(annotated_types.Le)
     above, below = told.get(annotated_types.Gt), told.get(annotated_types.Lt)
     if low and high:

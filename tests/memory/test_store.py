@@ -17,7 +17,7 @@ from torch import Tensor
 from ltxforge.errors import DiskFullError, PlanError, RunError
 from ltxforge.memory.host_buffer import HostBuffer, pages
 from ltxforge.memory.simulated import SimulatedStreams
-from ltxforge.memory.store import DiskStore, HostStore
+from ltxforge.memory.store import DiskStore, HostStore, require_folder
 from ltxforge.memory.transfers import Plain
 from ltxforge.memory.units import PAGE, offsets
 
@@ -254,3 +254,21 @@ def test_reading_runs_beside_the_computation(tmp_path):
     asked = time.perf_counter() - began
     assert len(arrival()) == lengths[0] and time.perf_counter() - began >= 0.2 > 0.05 > asked
     store.close()
+
+
+def test_a_folder_is_judged_before_anything_is_put_there(tmp_path):
+    """As the store will find it; nothing is made."""
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for good in (tmp_path, tmp_path / "new"):
+        require_folder(good)
+    for bad in ("file", "file/below", "missing/new"):
+        with pytest.raises(PlanError, match="cannot be put here"):
+            require_folder(tmp_path / bad)
+        with pytest.raises(PlanError, match="cannot be put here"):
+            DiskStore(tmp_path / bad, CPU, Plain())
+    require_folder(tmp_path / "a/cache/streamed", made=[tmp_path / "a/cache"])
+    with pytest.raises(PlanError):
+        require_folder(tmp_path / "b/streamed", made=[tmp_path / "a/cache"])
+    with pytest.raises(PlanError):
+        require_folder(tmp_path / "file/cache/streamed", made=[tmp_path / "file/cache"])
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]

@@ -101,6 +101,7 @@ WITHOUT_SOUND = {"audio.loss_weight", "audio.sigma", "lora.modalities", "trainin
         ("training.batch_size=1", {"training.batch_size", "steps_per_epoch"}),
         ("training.clip_norm=0.5", {"training.clip_norm"}),
         ("training.precision=bf16", {"device.precision"}),
+        ("memory.base_precision=nf4", {"memory.base_precision"}),  # whether its scales are quantised follows from it
         ("conditioning.first_frame=0.4", {"conditioning.first_frame"}),
         ("flow.sigma=uniform", {"flow.sigma", "flow.stretch", "flow.uniform_fraction"}),
         ("dataset.0.resolution=96x64", EVERY_CLIP),
