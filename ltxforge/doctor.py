@@ -84,6 +84,9 @@ def _formats(hardware: Hardware) -> Iterator[Finding]:
     else:
         yield Finding("Device", "fp16", "no units", "possible, and no faster than fp32", "limit")
     in_8_bits = 'memory.base_precision = "{}" multiplies in 8 bits'
+    if hardware.kind == "cpu":
+        yield from _eight_bits_on_a_cpu()
+        return
     if hardware.has_int8:
         yield Finding("Device", "int8", "native", in_8_bits.format("int8-w8a8"), "fine")
     else:
@@ -94,6 +97,12 @@ def _formats(hardware: Hardware) -> Iterator[Finding]:
     else:
         means = 'memory.base_precision = "fp8" saves memory and no time: weights are made whole for each product'
         yield Finding("Device", "fp8", "no units", means, "limit")
+
+
+def _eight_bits_on_a_cpu() -> Iterator[Finding]:
+    for name, precision in (("int8", "int8-w8a8"), ("fp8", "fp8")):
+        means = f'memory.base_precision = "{precision}" saves memory; products follow its definition in 8 bits, slowly'
+        yield Finding("Device", name, "no units", means, "limit")
 
 
 def _compilers(hardware: Hardware) -> Iterator[Finding]:

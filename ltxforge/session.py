@@ -46,6 +46,7 @@ from ltxforge.run_directory import RunDirectory
 from ltxforge.signals import StopRequest
 from ltxforge.trainer import forward, train
 from ltxforge.ui.loss_curve import draw
+from ltxforge.ui.text import counted
 from ltxforge.validation.sample import validate
 
 
@@ -99,6 +100,9 @@ def judge_products(plan: Plan, model: VideoModel, first: Callable[[], Batch], em
     if format is None or not format.quantises_activations:
         return False
     verdicts = judge_activations(model.transformer, lambda: forward(plan, model, first(), 1, 0))
+    if verdicts and all(each.sqnr == math.inf for each in verdicts):
+        emit(Note(f"this device makes weights in {format.name} whole for each product: they save memory alone"))
+        return False
     told = f"{sum(each.quantised for each in verdicts)} of {len(verdicts)} layers multiply in 8 bits"
     if spared := [each for each in verdicts if not each.quantised]:
         worst = min(spared, key=_left)
@@ -174,7 +178,7 @@ class Session:
         self.sample(self.start)
         step = self.start
         if step >= self.plan.steps:
-            self.emit(Note(f"all {step} steps are done; raise run.steps to go on"))
+            self.emit(Note(f"done after {counted(step, 'step')}; raise run.steps to go on"))
             self.hand_over(step)
         elif not self.stop.requested:
             self.emit(PhaseStarted("train", self.plan.steps, f"from step {step}"))
@@ -199,9 +203,9 @@ class Session:
         """How many steps until now had sound to train on, or as context, where sound is computed."""
         if self.plan.audio is not None and step:
             heard = self.batches.steps_with_sound(1, step)
-            told = f"{heard} of {step} steps trained sound"
+            told = f"{heard} of {counted(step, 'step')} trained sound"
             if self.plan.audio.loss_weight == 0:
-                told = f"{heard} of {step} steps had sound, as context only: audio.loss_weight is 0"
+                told = f"{heard} of {counted(step, 'step')} had sound, as context only: audio.loss_weight is 0"
             self.emit(Note(told, "info" if heard else "warning"))
 
     def after_step(self, step: int) -> None:

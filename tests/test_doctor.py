@@ -69,6 +69,13 @@ def test_a_card_without_bf16_units_reads_what_to_choose():
     assert "int8-w8a8" in found["Device int8"].means and "of no use" in rows(CARDS["V100"])["Device int8"].means
 
 
+def test_a_cpu_multiplies_in_8_bits_by_definition_as_its_runs_say():
+    for name, precision in (("int8", "int8-w8a8"), ("fp8", "fp8")):
+        means = rows(CPU)[f"Device {name}"].means
+        assert f'"{precision}"' in means and "in 8 bits, slowly" in means and "whole" not in means
+    assert "made whole" in rows(CARDS["RTX 3090"])["Device fp8"].means
+
+
 def test_a_card_that_pytorch_has_no_code_for_is_told():
     found = rows(CARDS["V100"])["Device PyTorch"]
     assert found.verdict == "missing" and "CUDA 12.6" in found.means

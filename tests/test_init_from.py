@@ -146,7 +146,7 @@ def test_a_resumed_run_needs_the_file_no_more(here, file, tmp_path):
     resaved(shutil.copy(moved, file), lambda tensors: {name: 2 * value for name, value in tensors.items()})
     for name, value in adapter_at(tmp_path / "whole", 4).items():
         assert torch.equal(adapter_at(tmp_path / "new", 4)[name], value)
-    assert "all 4 steps are done" in start(*OLD, "run.steps=4", f"lora.init_from={moved}", out=tmp_path / "new")
+    assert "done after 4 steps" in start(*OLD, "run.steps=4", f"lora.init_from={moved}", out=tmp_path / "new")
     for other in ([f"lora.init_from={file}"], []):  # the plan that is there now names the moved file
         with pytest.raises(RunError, match=r"lora\.init_digest"):
             start(*OLD, "run.steps=5", *other, out=tmp_path / "new")

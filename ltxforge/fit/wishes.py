@@ -65,6 +65,7 @@ def wishes_of(
         decode_frames=tiles[0][1],
         dry_run=on_gpu if memory.dry_run is None else memory.dry_run,
         fit=memory.fit or "",
+        blocks=spec.blocks,
     )
     unsaid = fits and memory.block_swap is None and memory.group_offload is None
     return Asked(

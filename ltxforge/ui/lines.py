@@ -110,7 +110,7 @@ def dry_run_text(event: DryRunDone) -> str:
     """What the largest micro-batch took; the parts only where it differs from the plan by more than `QUIET_EXCESS`."""
     tried = f"{counted(event.samples, 'sample')} of {event.shape} in {duration(event.seconds)}"
     if not event.measured_bytes:
-        return f"{tried}: it fits"
+        return f"{tried}: it fits (memory is not counted on this device)"
     told = f"{tried}: peak {size(event.measured_bytes)}"
     if not event.estimated_bytes:
         return told
@@ -146,8 +146,8 @@ def base_text(event: BaseQuantised) -> str:
     quantised, stayed = report.get("quantised", 0), report.get("stayed") or {}
     sizes = f"{size(report.get('bytes_before', 0))} → {size(report.get('bytes_after', 0))}"
     found = report.get("worst")
-    worst = f", worst {float(found['sqnr']):.1f} dB ({found['name']})" if found else ""
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in stayed.items())
+    worst = f", worst {float(found['sqnr']):.1f} dB of signal to quantisation noise ({found['name']})" if found else ""
+    reasons = ", ".join(f"{count:,} {reason}" if len(stayed) > 1 else reason for reason, count in stayed.items())
     source = {"cache": "from the cache", "file": "as the file has them"}.get(report.get("source", ""), "")
     return _joined(
         f"{report.get('format')}: {quantised:,} of {counted(report.get('count', 0), 'layer')}, {sizes}{worst}",

@@ -5,18 +5,24 @@ Decides wording and layout; every number stands in the plan. GB are 2^30 bytes h
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Iterator
 
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ltxforge.plan import MemoryPlan, PhasePlan, Plan, StreamPlan
+from ltxforge.plan import MemoryPlan, PhasePlan, Plan, StreamPlan, every_nth
 from ltxforge.printable import printable
 from ltxforge.ui.text import counted
 
 BAR = 8
 PARTS_SHOWN = 3
 GIB = 2**30
+NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def memory_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
@@ -27,13 +33,20 @@ def memory_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "base", _base(memory, plan.device.precision), origin("base_precision")
     swapped = "group_offload" if origin("group_offload") in ("recipe", "--set") else "block_swap"
     yield "streamed", streamed(memory.stream), origin(swapped)
-    yield "checkpointing", checkpointed(memory.checkpointed), origin("checkpointing")
+    yield "checkpointing", checkpointed(memory.checkpointed, memory.blocks), origin("checkpointing")
     yield "activations", _activations(memory), origin("offload_activations")
     yield "text encoder", _text_encoder(memory), origin("text_encoder_precision")
     yield "decoding", _decoding(memory), origin("decode")
     yield "dry run", "of the largest bucket, before the first step" if memory.dry_run else "none", origin("dry_run")
     for number, words in enumerate(plan.estimates.choices):
         yield "" if number else "why", words, ""
+
+
+def phases_of(plan: Plan) -> RenderableType:
+    """What each phase takes, in what units; or why that is not told."""
+    if not plan.estimates.phases:
+        return _remark("what each phase takes is counted for models of real size; ask for it here with memory.fit")
+    return Group(phases_table(plan), _remark("GB here are 2^30 bytes, as cards are sold"))
 
 
 def phases_table(plan: Plan) -> Table:
@@ -52,19 +65,18 @@ def phases_table(plan: Plan) -> Table:
         table.add_column("")
     for phase in plan.estimates.phases:
         cells = [Text(_share(phase.device_bytes, device))] if has_device else []
-        cells += [Text(_share(phase.host_bytes, host, bar=not has_device)), Text(printable(_parts(phase)))]
+        cells += [Text(_share(phase.host_bytes, host, bar=not has_device)), _Unparted(printable(_parts(phase)))]
         table.add_row("", phase.name, *cells, *([Text("assumed", "dim italic")] if assumed else []))
     return table
 
 
-def checkpointed(blocks: tuple[int, ...]) -> str:
-    """Which blocks are computed again, as a recipe says it where it can."""
-    if len(blocks) < 2:
-        return "off" if not blocks else counted(1, "block")
-    every = blocks[1]
-    if blocks != tuple(range(0, blocks[-1] + 1, every)):
-        return counted(len(blocks), "block")
-    return "every block" if every == 1 else f"every {every} blocks"
+def checkpointed(again: tuple[int, ...], blocks: int) -> str:
+    """Which of so many blocks are computed again, as a recipe says it where it can."""
+    if len(again) in (0, blocks):
+        return "every block" if again else "off"
+    if len(again) > 1 and again == every_nth(again[1], blocks):
+        return f"every {again[1]} blocks"
+    return f"{len(again)} of {counted(blocks, 'block')}" if blocks else counted(len(again), "block")
 
 
 def streamed(stream: StreamPlan | None) -> str:
@@ -74,8 +86,12 @@ def streamed(stream: StreamPlan | None) -> str:
     largest = max(map(len, stream.units), default=0)
     how = "layer by layer" if stream.level == "leaf" else "one by one" if largest == 1 else f"{largest} at a time"
     beside = "beside the computation" if stream.overlapped else "in turn with the computation"
-    where = f"wait in {stream.disk}" if stream.disk else "wait in host memory"
+    where = f"wait in the folder {stream.disk}" if stream.disk else "wait in host memory"
     return f"{counted(len(stream.blocks), 'block')} {where}, copied {how}, {beside}"
+
+
+def _remark(words: str) -> Padding:
+    return Padding(Text(words, "dim"), (0, 0, 0, 3))
 
 
 def _fit(memory: MemoryPlan) -> str:
@@ -122,6 +138,21 @@ def _share(count: int, size: int, *, bar: bool = True) -> str:
 def _parts(phase: PhasePlan) -> str:
     largest = sorted(phase.parts.items(), key=lambda part: -part[1])[:PARTS_SHOWN]
     return ", ".join(f"{name} {_gb(size)}" for name, size in largest)
+
+
+class _Unparted:
+    """Text that is wrapped where a space follows no digit: numbers stay with their units, which rich would part."""
+
+    def __init__(self, text: str) -> None:
+        self.text = re.sub(r"(?<=\d) ", NO_BREAK, text)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = textwrap.wrap(self.text, options.max_width)
+        yield Text("\n".join(lines).replace(NO_BREAK, " "), no_wrap=True)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        longest = max(map(len, self.text.split(" ")))
+        return Measurement(longest, len(self.text)).with_maximum(options.max_width)
 
 
 def _gb(count: int) -> str:

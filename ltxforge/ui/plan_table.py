@@ -16,7 +16,7 @@ from ltxforge.plan import LoraPlan, Plan, PromptPlan
 from ltxforge.printable import printable
 from ltxforge.specs import SPECS
 from ltxforge.ui.kernels_table import kernel_rows
-from ltxforge.ui.memory_table import memory_rows, phases_table
+from ltxforge.ui.memory_table import memory_rows, phases_of
 from ltxforge.ui.text import counted, number, short, size
 
 # Label, value, and who decided it: "recipe", "default", "device", "weights", "dataset" or nobody in particular.
@@ -49,8 +49,8 @@ def plan_table(plan: Plan, sigma_quantiles: Mapping[str, Sequence[float]] | None
         parts += [Text(), Text(title, "bold"), _rows(rows)]
         if title == "Data":
             parts.append(_buckets(plan))
-        if title == "Memory" and plan.estimates.phases:
-            parts += [Text(), phases_table(plan)]
+        if title == "Memory":
+            parts += [Text(), phases_of(plan)]
         if title == "Noise" and sigma_quantiles:
             parts.append(_quantiles(sigma_quantiles))
         if title == "Sampling" and plan.validation.prompts:
@@ -143,7 +143,7 @@ def _data(plan: Plan) -> list[Row]:
             f"{counted(len(data.samples), 'window')} of {counted(clips, 'clip')}: {', '.join(datasets)}",
             whose,
         ),
-        ("per epoch", f"{counted(data.samples_per_epoch, 'sample')}, {short(plan.steps_per_epoch)} steps", ""),
+        ("per epoch", f"{counted(data.samples_per_epoch, 'sample')}, {_steps(plan.steps_per_epoch)}", ""),
         ("max rejected", f"{short(100 * data.max_rejected)} % of the clips", origin("run.max_rejected", "")),
         ("sound", _sound(plan), ""),
         ("latents", f"the VAE posterior's {plan.cache.latents}", origin("cache.latents", "")),
@@ -236,8 +236,13 @@ def _training(plan: Plan) -> list[Row]:
 
 
 def _epochs(count: float) -> str:
-    rounded = f"{count:.3g}"
+    rounded = f"{count:,.0f}" if count >= 100 else f"{count:.3g}"
     return f"{rounded} epoch" if rounded == "1" else f"{rounded} epochs"
+
+
+def _steps(count: float) -> str:
+    rounded = short(count)
+    return f"{rounded} step" if rounded == "1" else f"{rounded} steps"
 
 
 def _modalities(modalities: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from ltxforge_kernels import fp8
 from ltxforge_kernels.precision import sqnr
 from one_block import make_batch, plan_for
 from quantised_block import STEP, adapted_model, bare_model
@@ -23,6 +25,7 @@ from ltxforge.quant.guard import (
     weight_only,
 )
 from ltxforge.quant.linear import IN_8_BITS, STORED, QuantisedLinear
+from ltxforge.session import judge_products
 
 IN_8 = ("int8-w8a8", "fp8")
 WIDTH = 256
@@ -135,6 +138,20 @@ def test_a_model_under_its_adapter_is_judged_and_restored_by_name(base, plan_mak
     assert weight_only(again) == found
     use_weight_only(again, ())
     assert weight_only(again) == frozenset()
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_a_run_says_what_its_device_does_with_fp8(multiplies, plan_maker, monkeypatch):
+    """A CPU follows the definition in 8 bits; a card without units makes weights whole, and nothing is to be judged."""
+    base, told = "tiny/ltx-video", []
+    plan = plan_for(base, plan_maker)
+    plan = dataclasses.replace(plan, memory=dataclasses.replace(plan.memory, base_precision="fp8"))
+    model = adapted_model(base, plan, "fp8")
+    monkeypatch.setattr(fp8, "multiplies_fp8", lambda _device: multiplies)
+    assert judge_products(plan, model, lambda: make_batch(base), told.append) is multiplies
+    (note,) = told
+    assert ("layers multiply in 8 bits" in note.text) is multiplies
+    assert ("makes weights in fp8 whole for each product" in note.text) is not multiplies
 
 
 def judged(base: str, plan: Plan) -> tuple[list[ActivationVerdict], frozenset[str]]:

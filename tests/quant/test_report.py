@@ -1,5 +1,6 @@
 """What is told of a quantised base: noise measured in float64, reasons, sizes, one line."""
 
+import dataclasses
 import json
 import math
 
@@ -69,8 +70,14 @@ REPORT = BaseReport(
 def test_one_line_says_it():
     assert line(BaseQuantised(REPORT.to_json())) == (
         "base",
-        "nf4: 3 of 6 layers, 12.0 GB → 3.1 GB, worst 20.9 dB (b); 3 stay bf16: 2 outside the blocks, 1 below 20 dB",
+        "nf4: 3 of 6 layers, 12.0 GB → 3.1 GB, worst 20.9 dB of signal to quantisation noise (b);"
+        " 3 stay bf16: 2 outside the blocks, 1 below 20 dB",
     )
+
+
+def test_one_reason_is_not_counted_twice():
+    one = dataclasses.replace(REPORT, layers=tuple(each for each in REPORT.layers if each.name != "c"))
+    assert line(BaseQuantised(one.to_json()))[1].endswith("; 2 stay bf16: outside the blocks")
 
 
 def test_the_report_survives_json():

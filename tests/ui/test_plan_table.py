@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 
 import pytest
 from ltxforge_kernels.choice import Choice, Kernels, TokenRange
@@ -24,6 +25,7 @@ from ltxforge.plan import (
     ValidationPlan,
 )
 from ltxforge.shapes import ClipShape
+from ltxforge.ui.memory_table import checkpointed
 from ltxforge.ui.plan_table import plan_table
 
 
@@ -52,16 +54,17 @@ SHOWN = [
      ["scale 6", "rsLoRA", "0.05", "re:ff.*", "fp16"]),
     ({"flow": FlowPlan("logit-normal", 3.1, False, 0.07)}, ["logit-normal", "3.1 (mu = ln 3.1)", "7 %"]),
     ({"conditioning": ConditioningPlan(0.31, 0.17, 219)}, ["31 %", "17 %", "219 tokens"]),
-    ({"memory": MemoryPlan((0, 3, 6))}, ["every 3 blocks", "not quantised, fp32", "all weights stay", "whole"]),
+    ({"memory": MemoryPlan((0, 3, 6), blocks=9)},
+     ["every 3 blocks", "not quantised, fp32", "all weights stay", "whole"]),
     ({"memory": MemoryPlan(tuple(range(5)), "nf4", True, "host", "int8", StreamPlan(((1,), (3,))), True, 384, 32, True,
-                           "12GB", (12 * 2**30, 64 * 2**30)),
+                           "12GB", (12 * 2**30, 64 * 2**30), blocks=5),
       "estimates": Estimates(choices=("everything resident does not fit", "2.07x of the time"))},
      ["12GB (12.0 GB of device memory, 64.0 GB of host memory)", "nf4, its scales quantised too", "on the host",
       "every block", "2 blocks wait in host memory, copied one by one, beside", "int8",
       "wait in host memory for the backward pass", "tiles of 384 pixels and 32 frames", "before the first step",
       "everything resident does not fit", "2.07x of the time"]),
     ({"memory": MemoryPlan(stream=StreamPlan(((0, 1), (2, 3)), "block", False, "/fast [disk]"))},
-     ["4 blocks wait in /fast [disk], copied 2 at a time, in turn"]),
+     ["4 blocks wait in the folder /fast [disk], copied 2 at a time, in turn"]),
     ({"memory": MemoryPlan(stream=StreamPlan(((0,), (1,)), "leaf"))}, ["copied layer by layer"]),
     ({"checkpoint": CheckpointPlan(123, 5)}, ["every 123 steps, the newest 5 stay"]),
     ({"validation": ValidationPlan(77, True, PROMPTS)}, ["every 77 steps, and before the first step", "fox", "4711",
@@ -155,10 +158,36 @@ def test_sound_without_weight_is_said_to_be_context(plan_maker):
     assert "sound's weight 0: context only" in text
 
 
-@pytest.mark.parametrize(("steps", "epochs"), [(53, "1 epoch "), (106, "2 epochs "), (27, "0.509 epochs ")])
+@pytest.mark.parametrize(
+    ("steps", "epochs"), [(53, "1 epoch "), (106, "2 epochs "), (27, "0.509 epochs "), (106_000, "2,000 epochs ")]
+)
 def test_one_epoch_is_one(plan_maker, steps, epochs):
     text = told(dataclasses.replace(plan_maker(), steps=steps, steps_per_epoch=53.0))
-    assert f"steps {steps}, {epochs}" in text
+    assert f"steps {steps:,}, {epochs}" in text
+    assert "1 step max" in told(dataclasses.replace(plan_maker(), steps_per_epoch=1.0))
+
+
+@pytest.mark.parametrize(
+    ("again", "blocks", "words"),
+    [
+        ((), 48, "off"),
+        (tuple(range(48)), 48, "every block"),
+        (tuple(range(47)), 48, "47 of 48 blocks"),
+        (tuple(range(0, 48, 5)), 48, "every 5 blocks"),
+        ((0, 3, 6), 48, "3 of 48 blocks"),
+        ((0,), 48, "1 of 48 blocks"),
+        ((0,), 1, "every block"),
+        ((0, 1), 0, "2 blocks"),
+    ],
+)
+def test_it_is_every_block_only_where_none_is_left_out(again, blocks, words):
+    assert checkpointed(again, blocks) == words
+
+
+def test_a_plan_without_phases_says_how_to_get_them(plan_maker):
+    assert "ask for it here with memory.fit" in told(plan_maker())
+    counted = told(plan_maker(estimates=Estimates(phases=PHASES)))
+    assert "with memory.fit" not in counted and "GB here are 2^30 bytes" in counted
 
 
 def test_what_a_caption_weighs_either_way_is_told(plan_maker):
@@ -198,6 +227,7 @@ ELSEWHERE = {
     "data.samples": "are counted; the verdicts list the clips",
     "estimates.text_bytes": "stand beside each other for LTX-2, see above; other models have one way",
     "kernels.choices": "are grouped, see below",
+    "memory.blocks": "stand beside those that are computed again, where these are some",
     "estimates.phases": "stand in a table of their own, see below",
     "cache.text": "is read by LTX-2 alone, see above",
 }
@@ -264,6 +294,13 @@ PHASES = (
     PhasePlan("step", 6 * 2**30, 3 * 2**30, {"weights": 4 * 2**30, "kept activations": 2**30, "adapter": 2**28,
                                              "one block's work": 3 * 2**28}),
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("width", range(60, 130, 7))
+def test_a_number_is_not_parted_from_its_unit(plan_maker, width):
+    plan = plan_maker(estimates=Estimates(phases=PHASES))
+    cells = shown(dataclasses.replace(plan, device=dataclasses.replace(plan.device, kind="cuda")), width=width)
+    assert not [text for text in cells.splitlines() if re.fullmatch(r" *(GB|MB)(,.*)?|.* \d+\.\d", text.rstrip())]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
