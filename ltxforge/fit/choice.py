@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltxforge.cards import card_of
 from ltxforge.errors import PlanError
-from ltxforge.fit.remedies import Remedy, axes_of, changed, remedies
+from ltxforge.fit.remedies import Remedy, axes_of, changed, remedies, smaller_samples
 from ltxforge.fit.search import CPU_RATES, UNLIMITED, Asked, Budget, Search, Way, rates_of, recomputed_blocks
 from ltxforge.fit.wishes import GPUS, STREAMED_FOLDER, budget_for, memory_remarks, wishes_of
 from ltxforge.fit.words import too_large, words_on
@@ -27,6 +27,8 @@ from ltxforge.specs import ModelSpec
 if TYPE_CHECKING:
     from ltxforge.hardware import Hardware
 
+DEAR = 0.1
+"""What a change may lose before smaller samples, or none, are looked at too."""
 FITTED: Mapping[str, Any] = {"memory.fit": "auto"}
 CostsOf = Callable[[Plan, ModelSpec, Asked], Costs]
 """What the run of a drafted plan costs, for every base precision, text encoder and tile that is in question."""
@@ -184,6 +186,10 @@ def _does_not_fit(
         return _seconds_with(sets, recipe, search, case)
 
     found = remedies(axes, trial, asked_for.seconds)
+    is_dear = len(found) < 2 or found[-1].lost > DEAR
+    if is_dear and plan.validation.prompts and not {"sample", "decode"}.isdisjoint(crowded):
+        last = remedies([*axes, *smaller_samples(plan, case.spec)], trial, asked_for.seconds)
+        found = sorted([*found, *(each for each in last if each not in found)], key=lambda each: each.lost)[:2]
     if recipe.memory.fit is None and (seconds := trial(FITTED)) is not None:
         found = [Remedy(FITTED, seconds, 0.0), *found]
     told = "\n  ".join(_told(remedy, 0 if recipe.memory.fit else asked_for.seconds) for remedy in found)

@@ -128,7 +128,7 @@ def _free_axes(recipe: Recipe, plan: Plan, spec: ModelSpec, on_gpu: bool, folder
 
 
 def _sample_axes(recipe: Recipe, plan: Plan, spec: ModelSpec) -> Iterator[Axis]:
-    """Ways to make samples in less memory, or smaller ones, or none."""
+    """Ways to make the same samples in less memory."""
     tile, whole = (plan.memory.decode_tile, plan.memory.decode_frames), recipe.memory.decode == "whole"
     tiled = ("memory.decode", "tiles")
     smaller = tuple(
@@ -139,6 +139,10 @@ def _sample_axes(recipe: Recipe, plan: Plan, spec: ModelSpec) -> Iterator[Axis]:
     yield (*(() if tile[0] else (Rung((tiled,), _WORTH["tiles"]),)), *smaller)
     if spec.has_audio and not recipe.validation.frugal and not whole:
         yield (Rung((("validation.frugal", True),), _WORTH["frugal"]),)
+
+
+def smaller_samples(plan: Plan, spec: ModelSpec) -> Iterator[Axis]:
+    """Smaller samples, or none: what is only looked for where all else is dear."""
     largest = max((prompt.shape for prompt in plan.validation.prompts), key=lambda shape: shape.latent().tokens)
     sizes = [
         tuple(round(side * share / 32) * 32 for side in (largest.width, largest.height)) for share in SHARES_OF_SAMPLES
