@@ -205,3 +205,11 @@ def test_ram_alone_is_refused_before_torch_is_loaded():
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
     assert result.returncode == 2 and "needs its --gpu" in result.stderr
+
+
+@pytest.mark.parametrize("overrides", [("validation=",), ("validation.every=0", "validation.at_start=false")])
+def test_a_run_without_samples_has_no_phases_of_them(overrides):
+    parsed = load(ROOT / "recipes/ltx-video-lora.toml", overrides)
+    facts = ask(Elsewhere(places(parsed, None), machine("80GB", "64GB"), 1), parsed, ignore, StopRequest())
+    names = [phase.name for phase in make_plan(parsed.recipe, facts).estimates.phases]
+    assert "step" in names and {"sample", "decode"}.isdisjoint(names)

@@ -229,6 +229,17 @@ def test_the_next_faster_way_is_faster_no_worse_and_fits_with_what_it_needs(seed
         assert worse or again.seconds > bound / (1 + HAIR)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_no_disk_is_offered_that_nobody_asked_for(seed):
+    draw = random.Random(seed)
+    costs = made_up(draw, 6)
+    search = Search(costs, dataclasses.replace(OPEN, disks=("", "/disk")), budgets(draw, costs), RATES)
+    way = search.best()
+    faster = search.next_faster(way) if way else None
+    if way and faster and faster[0].memory.stream and not (way.memory.stream and way.memory.stream.disk):
+        assert not faster[0].memory.stream.disk
+
+
 def quality(way: Way):
     """Quality, the best first."""
     return OPEN.base_precisions.index(way.memory.base_precision), OPEN.optimizers.index(way.optimizer)
