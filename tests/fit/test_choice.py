@@ -12,6 +12,7 @@ from ltxforge.assumed import machine
 from ltxforge.cards import GIB
 from ltxforge.dataset.scan import Clip
 from ltxforge.errors import PlanError
+from ltxforge.fit.remedies import axes_of
 from ltxforge.hardware import Hardware
 from ltxforge.memory.costs import BlockWork, Costs, Effort, Part, Pass, Weights
 from ltxforge.plan import ComponentPlan, ModelPlan, StreamPlan
@@ -351,6 +352,19 @@ def test_samples_that_take_too_much_are_offered_tiles_or_smaller_ones(part, tile
     assert expected <= keys
     for overrides in found:
         assert plan_for(RECIPE, card(20), overrides, costs=costs).estimates.phases
+
+
+def test_a_model_with_sound_is_offered_frugal_samples():
+    """Its picture is decoded in tiles then, with the transformer set aside."""
+    recipe = parse(RECIPE.replace("Lightricks/LTX-Video-0.9.5", "Lightricks/LTX-2"), "mine.toml", []).recipe
+    plan = plan_for(RECIPE, card(80))
+    options = {"on_gpu": True, "packages": (), "folder": "x", "goes_on": False}
+    crowded = axes_of(recipe, plan, SPECS["2.0-dev"], crowded=["decode"], **options)
+    frugal = (("validation.frugal", True),)
+    assert frugal in [rung.sets for axis in crowded for rung in axis]
+    assert frugal not in [rung.sets for axis in axes_of(recipe, plan, SPECS["2.0-dev"], **options) for rung in axis]
+    silent = axes_of(recipe, plan, SPECS["0.9.5"], crowded=["decode"], **options)
+    assert frugal not in [rung.sets for axis in silent for rung in axis]
 
 
 def test_samples_of_any_size_that_take_too_much_are_left_out():
