@@ -129,7 +129,8 @@ Device
 """
 
 
-def test_the_table_reads_as_this():
+def test_the_table_reads_as_this(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     stream = io.StringIO()
     table = doctor_table(
         "a card, sm_75 (assumed)",
