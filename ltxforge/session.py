@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ltxforge import __version__
-from ltxforge.checkpoint import Checkpoints
+from ltxforge.checkpoint import Checkpoint, Checkpoints
 from ltxforge.dataset.batches import Batch, Batches
 from ltxforge.dataset.cache import Cache
 from ltxforge.dataset.cached import CachedData, read_prompt, validation_prompts
@@ -150,8 +150,13 @@ class Session:
         saved = self.checkpoints.newest()
         if saved is None:
             self.begin()
+        else:
+            self.go_on(saved)
+        if not self.judged:  # nor was it, on a device that multiplies no fp8
             self.judged = judge_products(self.plan, self.model, lambda: self.batches.load(1, 0), self.emit)
-            return
+
+    def go_on(self, saved: Checkpoint) -> None:
+        """Take weights, moments, step and the verdicts on products from a checkpoint of this run."""
         if saved.facts.get("plan") != self.plan.identity_digest():
             raise RunError(
                 "this checkpoint was saved by another run", where=str(saved.path),
@@ -161,8 +166,6 @@ class Session:
         self.optimizer.load_state(saved.optimizer)
         use_weight_only(self.model.transformer, saved.facts.get("weight_only", ()))
         self.judged = saved.facts.get("judged", False)
-        if not self.judged:  # on a device that multiplies no fp8 there was nothing to judge
-            self.judged = judge_products(self.plan, self.model, lambda: self.batches.load(1, 0), self.emit)
         self.start = self.saved = saved.step
         self.emit(Resumed(saved.step, str(saved.path), saved.refused))
 

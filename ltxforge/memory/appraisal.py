@@ -61,7 +61,6 @@ def costs_of(
     """
     bucket, prompt = largest_bucket(plan), largest_prompt(plan)
     matched = match(plan.lora.targets, spec, plan.lora.modalities, plan.training.modalities)
-    tensors = tuple(plan.lora.rank * side for size in matched.layers.values() for side in size)
     resident = _resident_connectors(plan, spec)
     works = {_key(base): _work(plan, spec, bucket, prompt, base, resident) for base in bases}
     shared = {(0, 0), *tiles, (plan.memory.decode_tile, plan.memory.decode_frames)}
@@ -70,7 +69,7 @@ def costs_of(
         dtype=plan.device.precision,
         blocks=spec.blocks,
         works=works,
-        tensors=tensors,
+        tensors=matched.tensor_sizes(plan.lora.rank),
         accumulate=plan.training.accumulate,
         captions=_captions(plan, spec),
         clips=_clips(plan, spec, bucket),

@@ -1,12 +1,10 @@
 """Text encoders in few bits: against bitsandbytes' own NF4, against the encoder in 16 bits, and what loading takes."""
 
-import weakref
-
 import bitsandbytes.functional
 import pytest
 import torch
+from live_bytes import Live
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltxforge.models import ltx2_tiny, tiny
 from ltxforge.models.detect import plan_model
@@ -121,33 +119,6 @@ def test_the_whole_way_from_a_plan(name, tiny_folder):
     for precision in ("bf16", "nf4"):
         assert torch.equal(made[folder, precision], made[name, precision])
     assert 0 < error(made[name, "nf4"], made[name, "bf16"]) < BOUNDS["nf4"]
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and not tensor.is_meta:
-                self.see(tensor.untyped_storage())
-        return result
-
-    def see(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-
-    def drop(self, place: int, size: int) -> None:
-        self.known.discard(place)
-        self.live -= size
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])

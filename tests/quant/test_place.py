@@ -1,15 +1,14 @@
 """Placing a transformer's weights: the op's own bits, in their places, and never twice in memory."""
 
 import dataclasses
-import weakref
 from functools import partial
 
 import pytest
 import torch
 from base_files import CPU, folder_of, loaded, same, transformer_of
+from live_bytes import Live
 from ltxforge_kernels.nf4 import quantise as quantise_nf4
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltxforge.models.base_weights import placed
 from ltxforge.models.ltx2 import unused_modules
@@ -153,33 +152,6 @@ def test_on_the_meta_device_the_shapes_are_those_of_a_real_load(base):
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in model.transformer.state_dict().items()}
     assert shapes == {name: (tensor.shape, tensor.dtype) for name, tensor in real.items()}
     assert all(tensor.is_meta for tensor in model.transformer.state_dict().values())
-
-
-class Live(TorchDispatchMode):
-    """Bytes of all storages that were made inside and are still there, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and not tensor.is_meta:
-                self.see(tensor.untyped_storage())
-        return result
-
-    def see(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self.known:
-            self.known.add(storage._cdata)
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-
-    def drop(self, place: int, size: int) -> None:
-        self.known.discard(place)
-        self.live -= size
 
 
 @pytest.mark.parametrize(("format", "dtype"), [("bf16", torch.float32), ("nf4", torch.float32), ("fp8", torch.bfloat16),
